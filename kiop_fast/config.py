@@ -1,0 +1,333 @@
+"""Settings of a run: frozen dataclasses, one a stage, read from and written to TOML.
+
+``RunConfig`` is validated on construction and never changed afterwards; ``replace`` makes a new
+one.  Presets live in :mod:`kiop_fast.presets`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from kiop_fast.errors import ConfigError, unknown_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MODES = ("bf", "b", "t", "vanilla")
+ENGINES = ("fast", "reference")
+MAPPINGS = ("random", "frequency", "iterative")
+BATCHNORM_POLICIES = ("calibrated", "batch", "running")
+
+T = TypeVar("T")
+
+
+def _require(ok: bool, what: str, got: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(what, got=got, expected=expected, fix="change that setting")
+
+
+def _choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise unknown_name(f"value for {name}", value, choices, ConfigError)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The prompt, its label mapping and how A's BatchNorm layers see it (SPEC 2, 3, 7)."""
+
+    rings: tuple[int, ...] = (36, 128)  # side of the canvas after each ring, pixels
+    mapping: str = "random"  # random | frequency | iterative
+    disjoint: bool = False  # several providers: mappings share no class of A (upstream)
+    batchnorm: str = "calibrated"  # calibrated | batch | running
+    calibration_batch: int = 256  # images a forward pass while statistics are estimated
+    extend: str = ""  # a prompt file whose rings stay as they are; new rings go around them
+
+    def __post_init__(self) -> None:
+        _require(len(self.rings) >= 1, "a prompt needs at least one ring", self.rings, "sizes")
+        inner_first = all(a < b for a, b in zip(self.rings, self.rings[1:], strict=False))
+        _require(inner_first, "rings must grow outwards", list(self.rings), "increasing sides")
+        _choice("prompt.mapping", self.mapping, MAPPINGS)
+        _choice("prompt.batchnorm", self.batchnorm, BATCHNORM_POLICIES)
+        _require(self.calibration_batch >= 1, "prompt.calibration_batch", self.calibration_batch,
+                 "at least 1")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """One synthesize period: contrastive model inversion (SPEC 4; paper eqs. 2-4)."""
+
+    batch: int = 64  # images a call
+    calls: int = 1  # calls a task and epoch
+    epochs: int = 0  # epochs that synthesize, then the banks stay; 0: all
+    steps: int = 200  # generator steps a call (paper's rounds, upstream --g_steps)
+    lr: float = 0.01  # Adam, generator, latent and head (upstream --lr_g)
+    beta1: float = 0.5
+    beta2: float = 0.999
+    latent: int = 256  # width of z
+    width: int = 64  # generator channels (ngf)
+    bn: float = 1.0  # weight of BatchNorm matching
+    oh: float = 1.0  # weight of the one-hot (cross-entropy) term
+    adv: float = 0.5  # weight of the adversarial term
+    cr: float = 0.8  # weight of the contrastive term; 0 leaves it out
+    cr_temperature: float = 0.6
+    head_width: int = 0  # hidden width of the projection head; 0: as wide as its input
+    head_dim: int = 256  # output width of the projection head
+    negatives: int = 4096  # cached rows a step
+    bank_rows: int = 40960  # feature-bank capacity, rows
+    pad: int = 4  # zero padding of the global view, pixels
+    scale: tuple[float, float] = (0.25, 1.0)  # area of the local view's box, fractions
+    ratio: tuple[float, float] = (0.75, 4.0 / 3.0)  # aspect ratio of that box
+    flip: float = 0.5  # probability of a horizontal flip, both views
+    balanced: bool = False  # targets as even as possible instead of uniform draws
+    grey: bool = True  # grey data: a one-channel generator (False: RGB, averaged when stored)
+    normaliser: str = "own"  # own | provider: statistics that normalise A's synthetic images
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "calls", "steps", "latent", "width", "head_dim", "negatives",
+                     "bank_rows"):  # fmt: skip
+            value = getattr(self, name)
+            _require(value >= 1, f"synthesis.{name} is too small", value, "at least 1")
+        for name in ("pad", "head_width", "epochs"):
+            value = getattr(self, name)
+            _require(value >= 0, f"synthesis.{name} is negative", value, "0 or more")
+        _require(self.lr > 0, "synthesis.lr", self.lr, "a positive rate")
+        _require(self.cr_temperature > 0, "synthesis.cr_temperature", self.cr_temperature, "> 0")
+        low, high = self.scale
+        _require(0 < low <= high <= 1, "synthesis.scale", self.scale, "0 < low <= high <= 1")
+        low, high = self.ratio
+        _require(0 < low <= high, "synthesis.ratio", self.ratio, "0 < low <= high")
+        _require(0 <= self.flip <= 1, "synthesis.flip", self.flip, "a probability")
+        _choice("synthesis.normaliser", self.normaliser, ("own", "provider"))
+
+
+@dataclass(frozen=True)
+class StoringConfig:
+    """One knowledge storing period (SPEC 5; paper eqs. 5-8)."""
+
+    steps: int = 400  # prompt steps an epoch (upstream --kd_steps)
+    batch: int = 64  # images a bank and step
+    batch_real: int = 128  # images a step where real data of A is used (mode b)
+    lr: float = 0.8  # SGD, cosine over the epochs
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    temperature: float = 20.0
+    alpha: float = 1.0  # weight of A's term
+    beta: float = 1.0  # weight of each provider's term
+    target_of_a: str = "prompted"  # prompted (upstream) | plain: which side is the KL's target
+    target_of_b: str = "provider"  # provider (upstream) | prompted
+    pad: int = 0  # random crop from a frame padded by so many pixels
+    flip: float = 0.0  # probability of a horizontal flip
+    augment_as_dataset: bool = True  # cifar data: pad 4 and flip 0.5 instead of the two above
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "batch_real"):
+            value = getattr(self, name)
+            _require(value >= 1, f"storing.{name} is too small", value, "at least 1")
+        _require(self.lr > 0, "storing.lr", self.lr, "a positive rate")
+        _require(self.temperature > 0, "storing.temperature", self.temperature, "> 0")
+        _require(self.pad >= 0, "storing.pad is negative", self.pad, "0 or more")
+        _require(0 <= self.flip <= 1, "storing.flip", self.flip, "a probability")
+        _choice("storing.target_of_a", self.target_of_a, ("prompted", "plain"))
+        _choice("storing.target_of_b", self.target_of_b, ("provider", "prompted"))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Accuracy on test data while training; it never reaches training (SPEC 7)."""
+
+    every: int = 1  # epochs between evaluations; the last epoch always; 0: never
+    batch: int = 256  # images a forward pass; under policy batch the result depends on it
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "evaluation.every is negative", self.every, "0 or more")
+        _require(self.batch >= 1, "evaluation.batch is too small", self.batch, "at least 1")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Training of a small source model on data its owner still has."""
+
+    arch: str = "resnet8"
+    data: str = "letters"
+    side: int = 16  # image side, pixels
+    seed: int = 0
+    epochs: int = 10
+    batch: int = 128
+    lr: float = 0.1  # SGD, one-cycle
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    noise: float = 0.0  # std of Gaussian noise added to images in [0, 1]
+    device: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "side"):
+            value = getattr(self, name)
+            _require(value >= 1, f"pretrain {name} is too small", value, "at least 1")
+        _require(self.lr > 0, "pretrain lr", self.lr, "a positive rate")
+        _require(self.noise >= 0, "pretrain noise is negative", self.noise, "0 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: which models, which mode, and one part for each stage."""
+
+    preset: str = "paper-bf"
+    mode: str = "bf"  # bf | b | t | vanilla (SPEC 6)
+    target: str = ""  # model A: [SCHEME:]NAME[@DATA][=PATH]
+    providers: tuple[str, ...] = ()  # model B, B2, …
+    side: int = 32  # image side of the run, pixels
+    epochs: int = 100
+    seed: int = 0
+    engine: str = "fast"  # fast | reference
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    threads: int = 0  # CPU threads; 0: torch's choice
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    storing: StoringConfig = field(default_factory=StoringConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _choice("mode", self.mode, MODES)
+        _choice("engine", self.engine, ENGINES)
+        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(self.side >= 8 and self.side % 4 == 0, "side", self.side,
+                 "a multiple of 4, at least 8 (the generator doubles twice)")  # fmt: skip
+        _require(self.threads >= 0, "threads is negative", self.threads, "0 or more")
+        _require(self.seed >= 0, "seed is negative", self.seed, "0 or more")
+        if self.mode == "vanilla":
+            _require(len(self.providers) <= 1, "mode vanilla imitates one provider",
+                     len(self.providers), "one provider")  # fmt: skip
+        elif not self.prompt.extend:
+            self._check_rings()
+
+    def _check_rings(self) -> None:
+        first, count = self.prompt.rings[0], len(self.prompt.rings)
+        if first <= self.side:
+            raise ConfigError(
+                "the first ring is not larger than the image",
+                got=f"ring {first}, image side {self.side}",
+                expected=f"rings larger than {self.side}, growing outwards",
+                fix=f"set prompt.rings=[{self.side + 4}, …] or a smaller side",
+            )
+        providers = len(self.providers)
+        wanted = {providers} if self.mode == "t" else {1, providers + 1}
+        if providers and count not in wanted:
+            raise ConfigError(
+                f"mode {self.mode} with {providers} provider(s) needs another number of rings",
+                got=f"{count} rings {list(self.prompt.rings)}",
+                expected=" or ".join(f"{n} ring(s)" for n in sorted(wanted)),
+                fix="one core ring for A and one more ring a provider (mode t: no core)",
+            )
+
+    def digest(self) -> str:
+        """sha256 over everything that decides the numbers of the run, hex."""
+        text = json.dumps(to_dict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values; tuples become lists."""
+    plain = dataclasses.asdict(config)
+    listed: dict[str, Any] = json.loads(json.dumps(plain))
+    return listed
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Build a frozen dataclass from nested values; unknown keys and wrong types are errors."""
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_name("setting", path + key, [path + k for k in known], ConfigError)
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path}{key} is a group of settings", got=repr(value),
+                                  expected=f"{path}{key}.NAME = value")  # fmt: skip
+            made[key] = from_dict(typing.cast(type, hint), value, f"{path}{key}.")
+        else:
+            made[key] = _convert(value, hint, path + key)
+    return kind(**made)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        inner = typing.get_args(hint)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if Ellipsis not in inner and len(items) != len(inner):
+            raise ConfigError(f"{name} has the wrong length", got=value, expected=f"{len(inner)}")
+        return tuple(_convert(v, inner[0], name) for v in items)
+    if isinstance(hint, types.UnionType):  # pragma: no cover - no such field today
+        raise TypeError(hint)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{name} has the wrong type", got=f"{value!r} ({type(value).__name__})",
+                          expected=hint.__name__, fix="change that setting")  # fmt: skip
+    return value
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the nested values of ``change`` put over it."""
+    merged = dict(base)
+    for key, value in change.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A new config with nested ``changes`` applied and everything validated again."""
+    return from_dict(RunConfig, merge(to_dict(config), changes))
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """``["storing.lr=0.5", "prompt.rings=[20, 32]"]`` as nested values (TOML on the right)."""
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError("an override is not of the form key=value", got=pair,
+                              expected="storing.lr=0.5", fix="write key=value")  # fmt: skip
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        for part in reversed(key.strip().split(".")):
+            value = {part: value}
+        changes = merge(changes, value)
+    return changes
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, nested."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError("no such config file", got=path, fix="check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("the config file is no valid TOML", got=f"{path}: {error}",
+                          fix="mend that line") from None  # fmt: skip
+
+
+def dump_toml(config: RunConfig) -> str:
+    """The config as TOML text; ``from_dict(RunConfig, tomllib.loads(text))`` gives it back."""
+    return tomli_w.dumps(to_dict(config))

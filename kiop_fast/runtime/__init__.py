@@ -1,0 +1,1 @@
+"""What every stage stands on: draws, threads and device, files that survive a kill, progress."""

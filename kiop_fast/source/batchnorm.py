@@ -1,0 +1,93 @@
+"""BatchNorm layers of a frozen model: find them, tap their inputs, lend them other statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kiop_fast.errors import SourceError
+from kiop_fast.kernels import BnMatch, bn_match
+
+
+def batchnorm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """BatchNorm2d layers with running statistics, by name, in module order.
+
+    Raises:
+        SourceError: there is none; contrastive model inversion needs them.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
+    }
+    if not layers:
+        raise SourceError(
+            f"{type(model).__name__} has no BatchNorm2d layer with running statistics",
+            expected="a model with BatchNorm: the synthesis matches its running mean and variance "
+            "and takes its contrastive features at these layers",
+            fix="choose an architecture with BatchNorm, e.g. resnet18 or vgg13_bn",
+        )
+    return layers
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm normalises with its batch's own statistics and writes no buffer."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(m.training, m.track_running_stats) for m in layers]
+    for layer in layers:
+        layer.training, layer.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for layer, (training, track) in zip(layers, before, strict=True):
+            layer.training, layer.track_running_stats = training, track
+
+
+class BatchNormTaps:
+    """Replace the forward of a frozen model's BatchNorm layers by the tapped ``bn_match``.
+
+    Inside the context every forward pass of the model leaves, per layer and in call order, the
+    matching loss over the first ``rows`` images and the per-image means of the layer's input.
+
+    Args:
+        model: frozen, in eval mode.
+        rows: leading images of a batch that enter the matching loss; None for all.
+    """
+
+    def __init__(self, model: nn.Module, rows: int | None = None) -> None:
+        self.layers = list(batchnorm_layers(model).values())
+        self.rows = rows
+        self._taken: list[BnMatch] = []
+
+    def __enter__(self) -> BatchNormTaps:
+        for layer in self.layers:
+            layer.forward = self._tapped(layer)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for layer in self.layers:
+            del layer.forward
+        self._taken.clear()
+
+    def _tapped(self, layer: nn.BatchNorm2d):  # type: ignore[no-untyped-def]
+        def forward(x: Tensor) -> Tensor:
+            assert layer.running_mean is not None and layer.running_var is not None
+            match = bn_match(
+                x, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps,
+                rows=self.rows,
+            )  # fmt: skip
+            self._taken.append(match)
+            return match.output
+
+        return forward
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Matching loss summed over the layers (0-d) and features (N, F), then start anew."""
+        loss = torch.stack([match.loss for match in self._taken]).sum()
+        features = torch.cat([match.image_means for match in self._taken], dim=1)
+        self._taken.clear()
+        return loss, features

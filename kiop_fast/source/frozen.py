@@ -1,0 +1,73 @@
+"""A source model: a trained classifier whose parameters and buffers never change again."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kiop_fast.data.spec import DatasetInfo
+from kiop_fast.errors import SourceError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A frozen classifier and the facts about the data it was trained on.
+
+    Attributes:
+        name: e.g. ``resnet8@letters``.
+        arch: name of the architecture, e.g. ``resnet8``.
+        model: in eval mode, no parameter requires a gradient; takes (N, 3, s, s) normalised.
+        info: classes, channels and normaliser of its data.
+        sha256: fingerprint over all parameters and buffers when it was frozen.
+        accuracy: on its own test data, as recorded with the checkpoint; None if unknown.
+    """
+
+    name: str
+    arch: str
+    model: nn.Module
+    info: DatasetInfo
+    sha256: str
+    accuracy: float | None = None
+
+    @property
+    def classes(self) -> int:
+        return len(self.info.classes)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(N, C, s, s) in [0, 1] → (N, 3, s, s) normalised; grey is repeated."""
+        mean = images.new_tensor(self.info.mean).view(3, 1, 1)
+        std = images.new_tensor(self.info.std).view(3, 1, 1)
+        return (images - mean) / std
+
+    def check_unchanged(self) -> None:
+        """Raise SourceError if any parameter or buffer differs from when it was frozen."""
+        now = fingerprint(self.model)
+        if now != self.sha256:
+            raise SourceError(
+                f"source {self.name!r} was changed during the run; sources are frozen for good",
+                got=f"sha256 {now[:16]}…",
+                expected=f"sha256 {self.sha256[:16]}…",
+                fix="do not train, load into or re-register the model that was given",
+            )
+
+
+def freeze(
+    model: nn.Module, info: DatasetInfo, *, name: str, arch: str, accuracy: float | None = None
+) -> Source:
+    """Put ``model`` in eval mode, switch its gradients off and take its fingerprint."""
+    model.eval().requires_grad_(False)
+    return Source(name, arch, model, info, fingerprint(model), accuracy)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over name, dtype, shape and bytes of every parameter and buffer, hex."""
+    digest = hashlib.sha256()
+    entries = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in sorted(entries, key=lambda entry: entry[0]):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
