@@ -1,0 +1,120 @@
+"""A frozen model seen through a prompt (the paper's SMA and SMB)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kiop_fast.errors import MappingError
+from kiop_fast.prompt.rings import Prompt
+from kiop_fast.source import Source, batch_statistics, batchnorm_layers
+
+
+class PromptedModel:
+    """A's logits for one task: normalised images → rings → A → mapped classes.
+
+    ``depth=1`` without a mapping is SMA; ``depth=i+1`` with provider i's mapping is SMB_i.  It
+    holds references, owns no parameters and never writes to the model.
+
+    Args:
+        target: model A.
+        prompt: shared by all tasks of a run.
+        depth: how many rings the images pass.
+        mapping: (classes of the provider,) int64; None keeps A's own classes.
+        batchnorm: ``batch`` uses each batch's statistics, ``running`` A's own, ``calibrated``
+            the given ``statistics``.
+        statistics: running mean and variance by buffer name, from :func:`calibrate`.
+    """
+
+    def __init__(
+        self,
+        target: Source,
+        prompt: Prompt,
+        depth: int,
+        mapping: Tensor | None = None,
+        *,
+        batchnorm: str = "batch",
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.target, self.prompt, self.depth = target, prompt, depth
+        self.mapping, self.batchnorm, self.statistics = mapping, batchnorm, statistics
+        if mapping is not None and (int(mapping.min()) < 0 or int(mapping.max()) >= target.classes):
+            raise MappingError(
+                "the mapping names classes that the target does not have",
+                got=f"entries {int(mapping.min())} … {int(mapping.max())}",
+                expected=f"0 … {target.classes - 1}",
+            )
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, 3, s, s) normalised → A's unmapped logits (N, classes of A)."""
+        return frozen_logits(
+            self.target, self.prompt(images, self.depth), self.batchnorm, self.statistics
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 3, s, s) normalised → logits of the task's classes."""
+        logits = self.logits(images)
+        return logits if self.mapping is None else logits[:, self.mapping]
+
+
+def frozen_logits(
+    target: Source,
+    images: Tensor,
+    batchnorm: str,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """A's logits (N, classes) under a BatchNorm policy; ``calibrated`` without statistics, as
+    while training, uses the batch's."""
+    if batchnorm == "running":
+        return target.model(images)
+    if batchnorm == "calibrated" and statistics is not None:
+        return functional_call(target.model, dict(statistics), (images,))
+    with batch_statistics(target.model):
+        return target.model(images)
+
+
+@torch.no_grad()
+def calibrate(prompted: PromptedModel, images: Tensor, batch: int) -> dict[str, Tensor]:
+    """BatchNorm statistics of A on images seen through the prompt (policy ``calibrated``).
+
+    One pass in chunks of at most ``batch`` images, near equal in size; inside a chunk layers
+    normalise with the chunk's own statistics.  Means and variances are pooled exactly over all
+    images (within plus between chunks) in fp64 and stored in fp32.
+
+    Args:
+        images: (M, 3, s, s) normalised, the task's whole synthetic bank, no augmentation.
+
+    Returns:
+        ``{layer}.running_mean`` and ``{layer}.running_var`` (biased) by buffer name.
+    """
+    layers = batchnorm_layers(prompted.target.model)
+    sums = {name: torch.zeros(3, layer.num_features, dtype=torch.float64, device=images.device)
+            for name, layer in layers.items()}  # fmt: skip
+    centres: dict[str, Tensor] = {}
+
+    def tap(name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].double()
+            centre = centres.setdefault(name, x.mean((0, 2, 3)))
+            shifted = x - centre.view(-1, 1, 1)
+            count = torch.full_like(centre, x.numel() / x.shape[1])
+            sums[name] += torch.stack([count, shifted.sum((0, 2, 3)), (shifted**2).sum((0, 2, 3))])
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(tap(name)) for name, layer in layers.items()]
+    try:
+        for part in images.chunk(-(-len(images) // batch)):
+            frozen_logits(prompted.target, prompted.prompt(part, prompted.depth), "batch")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    statistics = {}
+    for name, (count, first, second) in sums.items():
+        shift = first / count
+        statistics[f"{name}.running_mean"] = (centres[name] + shift).float()
+        statistics[f"{name}.running_var"] = (second / count - shift**2).clamp(min=0).float()
+    return statistics
