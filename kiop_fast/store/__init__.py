@@ -1,0 +1,16 @@
+"""The knowledge storing period: the transfer loss moves the prompt's cells."""
+
+from kiop_fast.store.period import StoringDraws, draw_storing, learning_rate, store
+from kiop_fast.store.terms import Bank, Term, core_loss, provider_loss, vanilla_loss
+
+__all__ = [
+    "Bank",
+    "StoringDraws",
+    "Term",
+    "core_loss",
+    "draw_storing",
+    "learning_rate",
+    "provider_loss",
+    "store",
+    "vanilla_loss",
+]

@@ -1,0 +1,26 @@
+"""The synthesize period: contrastive model inversion fills the banks."""
+
+from kiop_fast.synthesize.banks import FeatureBank, ImageBank, quantise
+from kiop_fast.synthesize.generator import Generator
+from kiop_fast.synthesize.losses import TERMS, ProjectionHead
+from kiop_fast.synthesize.period import (
+    SynthesisDraws,
+    Synthesised,
+    Synthesizer,
+    draw_synthesis,
+    generator_channels,
+)
+
+__all__ = [
+    "TERMS",
+    "FeatureBank",
+    "Generator",
+    "ImageBank",
+    "ProjectionHead",
+    "SynthesisDraws",
+    "Synthesised",
+    "Synthesizer",
+    "draw_synthesis",
+    "generator_channels",
+    "quantise",
+]

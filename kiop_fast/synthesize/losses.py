@@ -1,0 +1,84 @@
+"""The terms of the synthesis loss (paper eqs. 2 and 3; SPEC section 4, steps 4 and 5)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kiop_fast.kernels import info_nce, mapped_kl
+
+TERMS = ("bn", "oh", "adv", "cr", "total")
+
+
+def adversarial_loss(student: Tensor, teacher: Tensor, mapping: Tensor | None) -> Tensor:
+    """L_adv = -mean_i(1[argmax t_i = argmax s_i] KL(softmax t_i ‖ softmax s_i)), 0-d.
+
+    Args:
+        student: (N, classes of A) unmapped logits.
+        teacher: (N, classes of the teacher) logits.
+        mapping: A's class for each of the teacher's; None where A is the teacher.
+    """
+    return -mapped_kl(student, teacher, mapping, only_agreeing=True).loss
+
+
+class ProjectionHead(nn.Module):
+    """The paper's discriminator 𝒟: features → (N, dim) of unit length.
+
+    Args:
+        features: width of the input.
+        hidden: width of the hidden layer; 0 for as wide as the input.
+        dim: width of the embedding.
+    """
+
+    def __init__(self, features: int, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(features, hidden or features)
+        self.second = nn.Linear(hidden or features, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(self.second(F.relu(self.first(features))), dim=1)
+
+
+def head_weights(rng: np.random.Generator, head: ProjectionHead) -> dict[str, Tensor]:
+    """torch's default for Linear, U(±1/√fan_in) for weights and biases, from a named draw."""
+    weights = {}
+    for name, layer in (("first", head.first), ("second", head.second)):
+        bound = 1.0 / math.sqrt(layer.in_features)
+        for part in ("weight", "bias"):
+            shape = getattr(layer, part).shape
+            values = rng.uniform(-bound, bound, tuple(shape)).astype(np.float32)
+            weights[f"{name}.{part}"] = torch.from_numpy(values)
+    return weights
+
+
+def contrastive_loss(
+    head: ProjectionHead,
+    local: Tensor,
+    global_: Tensor,
+    cached_local: Tensor,
+    cached_global: Tensor,
+    temperature: float,
+) -> Tensor:
+    """InfoNCE of [local; cached local] against [global; cached global], 0-d (paper eq. 3).
+
+    Keys are detached, so the head's second half runs without a graph, and the cached rows pass
+    no gradient to their inputs.  Rows of the batch and cached rows are averaged separately and
+    added; with an empty bank there is no cached term.
+
+    Args:
+        local, global_: (N, F) features of this batch.
+        cached_local, cached_global: (n, F) rows of the feature bank.
+    """
+    batch, cached = len(local), len(cached_local)
+    queries = head(local)
+    with torch.no_grad():
+        keys = head(torch.cat([global_, cached_global]))
+    weights = local.new_full((batch + cached,), 1.0 / batch)
+    if cached:
+        queries = torch.cat([queries, head(cached_local)])
+        weights[batch:] = 1.0 / cached
+    return info_nce(queries, keys, temperature, weights)
