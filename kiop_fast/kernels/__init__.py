@@ -1,0 +1,17 @@
+"""Fused operations: tensors in, tensors out.
+
+Each file is one operation: its math, its eager twin in plain torch, its Triton kernels and the
+public function that chooses between them (``dispatch``).
+"""
+
+from kiop_fast.kernels.dispatch import launches as launches
+from kiop_fast.kernels.dispatch import reset_launches as reset_launches
+from kiop_fast.kernels.info_nce import info_nce as info_nce
+from kiop_fast.kernels.info_nce import info_nce_eager as info_nce_eager
+from kiop_fast.kernels.mapped_kl import MappedKL as MappedKL
+from kiop_fast.kernels.mapped_kl import mapped_kl as mapped_kl
+from kiop_fast.kernels.mapped_kl import mapped_kl_eager as mapped_kl_eager
+from kiop_fast.kernels.prompt_pad import border_index as border_index
+from kiop_fast.kernels.prompt_pad import prompt_pad as prompt_pad
+from kiop_fast.kernels.prompt_pad import prompt_pad_eager as prompt_pad_eager
+from kiop_fast.kernels.prompt_pad import ring_padding as ring_padding
