@@ -62,7 +62,7 @@ def store(
     drawn: Mapping[str, StoringDraws],
     optimizer: torch.optim.Optimizer,
     steps: int,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """One period; the optimizer's parameters (the ring cells) move, nothing else does.
 
@@ -71,7 +71,7 @@ def store(
         drawn: each term's batches, by its name.
         optimizer: SGD over what is trained.
         steps: prompt steps.
-        on_step: called with the number of finished steps.
+        on_step: called with the number of finished steps and the total loss (a tensor).
 
     Returns:
         (steps, 2 · len(terms)): each term's unweighted loss, then each term's share of rows
@@ -93,7 +93,7 @@ def store(
             + [r.agreement / n for r, n in zip(results, rows, strict=True)]
         ))  # fmt: skip
         if on_step is not None:
-            on_step(step + 1)
+            on_step(step + 1, total.detach())
     return torch.stack(log).cpu()
 
 

@@ -131,7 +131,7 @@ class Synthesizer:
         drawn: SynthesisDraws,
         student: Callable[[Tensor], Tensor],
         mapping: Tensor | None,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Synthesised:
         """One call: ``config.steps`` generator steps, the best step's images and features kept.
 
@@ -139,7 +139,7 @@ class Synthesizer:
             drawn: its random numbers.
             student: normalised images → A's unmapped logits through the prompt.
             mapping: A's class for each of the teacher's; None where A is the teacher.
-            on_step: called with the number of finished steps.
+            on_step: called with the number of finished steps and the total loss (a tensor).
         """
         config = self.config
         load_weights(self.generator, drawn.weights)
@@ -176,7 +176,7 @@ class Synthesizer:
                 if config.cr:
                     self.head_optimizer.step()
                 if on_step is not None:
-                    on_step(step + 1)
+                    on_step(step + 1, total.detach())
         self.features.add(best_features)
         return Synthesised(
             quantise(best_images), drawn.targets, best_features, losses.cpu(), int(best_step)
