@@ -117,6 +117,10 @@ class RunFolder:
         facts = {"digest": self.digest, "epochs_done": self.epochs_done, "sources": dict(sources)}
         save_tensors(self.path / "checkpoint.safetensors", state, facts)
 
+    def clear_scratch(self) -> None:
+        """Delete what :meth:`scratch` made; the banks hold the same images."""
+        shutil.rmtree(self.path / "scratch", ignore_errors=True)
+
     def scratch(self, name: str) -> Path:
         """An empty folder below the run for an engine's own files."""
         folder = self.path / "scratch" / name

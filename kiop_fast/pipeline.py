@@ -1,0 +1,209 @@
+"""The story in one screen: synthesize, map, store, evaluate, save, and again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kiop_fast.config import RunConfig, dump_toml, to_dict
+from kiop_fast.deliver.evaluate import task_accuracy
+from kiop_fast.errors import ArtefactError, ConfigError
+from kiop_fast.prompt.artefact import Artefact, ArtefactTask, load_prompt, save_prompt
+from kiop_fast.run import Progress, Run
+from kiop_fast.runtime.device import choose_device, use_threads
+from kiop_fast.runtime.files import save_tensors
+from kiop_fast.runtime.run_folder import RunFolder
+from kiop_fast.runtime.versions import versions
+from kiop_fast.source.classifier import with_original_classifier
+from kiop_fast.tasks import Sources
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves behind.
+
+    Attributes:
+        out: the run folder.
+        artefact: the prompt's file; None in mode ``vanilla``.
+        accuracy: of every task after the last epoch, by name; empty if never evaluated.
+        metrics: one record an epoch.
+        seconds: wall time of this call.
+    """
+
+    out: Path
+    artefact: Path | None
+    accuracy: dict[str, float]
+    metrics: list[dict[str, Any]]
+    seconds: float
+
+
+def train(
+    config: RunConfig, out: Path, *, sources: Sources | None = None, resume: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:  # fmt: skip
+    """Run ``config`` from its first (or, resuming, its next) epoch to its last.
+
+    Args:
+        config: what to run.
+        out: the run folder.
+        sources: frozen models; by default those named in ``config``.
+        resume: continue the run in ``out`` if there is one.
+        progress: called as ``progress(stage, done, total, **values)``.
+    """
+    began = time.perf_counter()
+    device = choose_device(config.device)
+    use_threads(config.threads)
+    inner = load_inner(config)
+    if sources is None:
+        from kiop_fast.source.loading import load_sources
+
+        sources = load_sources(config, inner.rings if inner else (), device, progress)
+    folder = RunFolder(out, dump_toml(config), config.digest(), resume=resume)
+    prints = sources.fingerprints()
+    run = Run(config, sources, device, folder.scratch("images"), inner)
+    restored = folder.restored(prints)
+    if restored:
+        run.load(restored, folder.bank)
+    for epoch in range(folder.epochs_done, config.epochs):
+        metrics, timings = train_epoch(run, folder, epoch, progress)
+        folder.save_epoch(metrics, timings, run.state(), prints)
+    sources.check_unchanged()
+    artefact = save_result(run, folder)
+    folder.clear_scratch()
+    accuracy = folder.metrics[-1].get("accuracy", {})
+    return RunResult(out, artefact, accuracy, folder.metrics, time.perf_counter() - began)
+
+
+def train_epoch(
+    run: Run, folder: RunFolder, epoch: int, progress: Progress | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One epoch; its metrics and its timings."""
+    clock = _Clock()
+    losses, made = run.synthesize(epoch, progress)
+    for task, tensors in made.items():
+        folder.save_bank(task, epoch, tensors)
+    clock.lap("synthesize")
+    changed = run.update_mappings(epoch)
+    transfer, agreement = run.store(epoch, progress)
+    clock.lap("store")
+    metrics: dict[str, Any] = {"epoch": epoch + 1}
+    every, last = run.config.evaluation.every, epoch + 1 == run.config.epochs
+    if every and (last or (epoch + 1) % every == 0):
+        metrics["accuracy"] = accuracies(run)
+        clock.lap("evaluate")
+    metrics |= {"loss": losses | transfer, "agreement": agreement, "mapping_changed": changed}
+    return metrics, {"epoch": epoch + 1} | clock.seconds()
+
+
+def deliver(run: Run, metrics: Mapping[str, Any] | None = None) -> Artefact:
+    """The artefact as it stands: rounded cells, mappings, calibrated statistics."""
+    prompt, config = run.delivered_prompt(), run.config
+    tasks = list(run.inner.tasks) if run.inner else []
+    if config.mode == "t":
+        # A's own task is not trained in this mode; the only images there are serve its statistics.
+        own = replace(run.tasks[0], mapping=None, depth=1)
+        info = run.sources.target.info
+        tasks.append(ArtefactTask(info.name, 1, None, run.statistics(own, prompt), info))
+    for task in run.tasks:
+        info = replace(task.source.info, name=task.name)
+        mapping = None if task.mapping is None else task.mapping.cpu()
+        tasks.append(
+            ArtefactTask(task.name, task.depth, mapping, run.statistics(task, prompt), info)
+        )
+    target = run.sources.target
+    return Artefact(
+        side=config.side,
+        rings=prompt.rings,
+        cells=[cells.detach().cpu() for cells in prompt.cells],
+        tasks=tuple(tasks),
+        target={
+            "arch": target.arch, "name": target.name, "sha256": target.sha256,
+            "classes": target.classes,
+        },
+        batchnorm=config.prompt.batchnorm,
+        config=to_dict(config),
+        versions=versions(),
+        metrics=dict(metrics or {}),
+    )  # fmt: skip
+
+
+def accuracies(run: Run) -> dict[str, float]:
+    """Accuracy of every task on its test data, of what would be delivered now."""
+    config, batch = run.config, run.config.evaluation.batch
+    if run.student is not None:
+        own, theirs = run.sources.target, run.sources.providers[0]
+        student = run.student.eval()
+        models = {own: with_original_classifier(student, own), theirs: student}
+        return {
+            source.info.name: task_accuracy(
+                lambda images, s=source, m=model: m(s.normalise(images)),
+                source.info, config.side, batch, run.device,
+            )
+            for source, model in models.items()
+        }  # fmt: skip
+    served = deliver(run).on(run.sources.target, check=False)
+    return {
+        task.name: task_accuracy(served.task(task.name), task.info, config.side, batch, run.device)
+        for task in served.tasks
+    }
+
+
+def save_result(run: Run, folder: RunFolder) -> Path | None:
+    """Write ``prompt.safetensors`` (mode ``vanilla``: ``student.safetensors``)."""
+    if run.student is not None:
+        save_tensors(folder.path / "student.safetensors", run.student.state_dict(), {})
+        return None
+    path = folder.path / "prompt.safetensors"
+    save_prompt(path, deliver(run, folder.metrics[-1]))
+    return path
+
+
+def load_inner(config: RunConfig) -> Artefact | None:
+    """The prompt that ``prompt.extend`` names, checked against the config."""
+    if not config.prompt.extend:
+        return None
+    inner = load_prompt(Path(config.prompt.extend))
+    if config.mode != "bf":
+        raise ConfigError("a prompt can only be extended in mode bf", got=config.mode)
+    if inner.batchnorm != config.prompt.batchnorm or inner.side != config.side:
+        raise ArtefactError(
+            "the prompt to extend was made under other settings",
+            got=f"side {inner.side}, batchnorm {inner.batchnorm}",
+            expected=f"side {config.side}, batchnorm {config.prompt.batchnorm}",
+            fix="set side and prompt.batchnorm to those of the prompt",
+        )
+    if inner.rings[-1] >= config.prompt.rings[0]:
+        raise ConfigError(
+            "prompt.rings lists the new rings only, and they go around the old ones",
+            got=f"old rings {list(inner.rings)}, new rings {list(config.prompt.rings)}",
+            expected=f"new rings larger than {inner.rings[-1]}",
+            fix=f"for example prompt.rings=[{inner.rings[-1] + 8}]",
+        )
+    if len(config.prompt.rings) != len(config.providers):
+        raise ConfigError(
+            "extending takes one new ring a provider",
+            got=f"{len(config.prompt.rings)} new rings, {len(config.providers)} providers",
+        )
+    return inner
+
+
+class _Clock:
+    """Wall seconds between laps."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._laps[name], self._last = now - self._last, now
+
+    def seconds(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self._start} | self._laps

@@ -1,0 +1,298 @@
+"""The state of a run and what one epoch does to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kiop_fast.config import RunConfig
+from kiop_fast.engine import engine
+from kiop_fast.errors import NonFiniteLossError
+from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
+from kiop_fast.prompt.artefact import Artefact
+from kiop_fast.runtime import draws
+from kiop_fast.runtime.state import (
+    load_module,
+    load_optimizer,
+    module_tensors,
+    optimizer_tensors,
+)
+from kiop_fast.source.classifier import trainable_copy
+from kiop_fast.store import Term, draw_storing, learning_rate
+from kiop_fast.synthesize import TERMS, draw_synthesis
+from kiop_fast.tasks import Sources, Task, make_tasks
+
+Progress = Callable[..., None]
+
+
+class Run:
+    """Prompt (or, in mode ``vanilla``, student), tasks and optimiser of one run.
+
+    Args:
+        config: validated settings.
+        sources: frozen models.
+        device: where everything lives.
+        scratch: folder for the reference engine's PNG store.
+        inner: an earlier artefact whose rings stay inside as they are.
+    """
+
+    def __init__(
+        self, config: RunConfig, sources: Sources, device: torch.device, scratch: Path,
+        inner: Artefact | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.sources, self.device, self.inner = config, sources, device, inner
+        self.engine = engine(config.engine)
+        inner_rings = inner.rings if inner else ()
+        self.prompt: Prompt | None = None
+        self.student: nn.Module | None = None
+        if config.mode == "vanilla":
+            rng = draws.generator(config.seed, 0, "student", "classifier")
+            classes = sources.providers[0].classes
+            self.student = trainable_copy(sources.target, classes, rng)
+        else:
+            self.prompt = Prompt(config.side, (*inner_rings, *config.prompt.rings)).to(device)
+            for cells, given in zip(self.prompt.cells, inner.cells if inner else (), strict=False):
+                cells.data.copy_(given)
+        self.tasks = make_tasks(
+            config, sources, self.engine, inner_rings=len(inner_rings), device=device,
+            scratch=scratch,
+        )  # fmt: skip
+        self.trained = self._trained_parameters(len(inner_rings))
+        for cells in self.prompt.cells if self.prompt else ():
+            cells.requires_grad_(any(cells is trained for trained in self.trained))
+        self.optimizer = torch.optim.SGD(
+            self.trained, lr=config.storing.lr, momentum=config.storing.momentum,
+            weight_decay=config.storing.weight_decay,
+        )  # fmt: skip
+
+    def _trained_parameters(self, inner_rings: int) -> list[nn.Parameter]:
+        if self.prompt is None:
+            assert self.student is not None
+            return list(self.student.parameters())
+        deepest = max((task.depth for task in self.tasks), default=0)
+        return list(self.prompt.cells)[inner_rings:deepest]
+
+    def prompted(self, task: Task, prompt: Prompt | None = None, **statistics: Any) -> Any:
+        """A seen through the rings of a task."""
+        return self.engine.prompted(
+            self.sources.target, prompt or self.prompt, task.depth, task.mapping,
+            batchnorm=self.config.prompt.batchnorm, **statistics,
+        )  # fmt: skip
+
+    @contextmanager
+    def _fixed(self) -> Iterator[None]:
+        """Inside, the prompt or student is a constant (and the student in eval mode)."""
+        parameters = list((self.prompt or self.student).parameters())  # type: ignore[union-attr]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        if self.student is not None:
+            self.student.eval()
+        try:
+            yield
+        finally:
+            for parameter in self.trained:
+                parameter.requires_grad_(True)
+
+    def synthesize(self, epoch: int, progress: Progress | None) -> tuple[dict[str, float], Any]:
+        """The synthesize period of every task.
+
+        Returns:
+            Loss terms at the chosen step, ``{task}.{term}``, mean over the calls; and per task
+            the tensors to add to its bank on disk.
+        """
+        period, losses, made = self.config.synthesis, {}, {}
+        if period.epochs and epoch >= period.epochs:
+            return {}, {}
+        for task in (task for task in self.tasks if task.synthesizer is not None):
+            rows, results = [], []
+            for call in range(period.calls):
+                drawn = draw_synthesis(
+                    period, task.source, self.config.side, seed=self.config.seed, epoch=epoch,
+                    task=task.name, call=call, stored=task.synthesizer.features.stored,
+                )  # fmt: skip
+                stage = f"epoch {epoch + 1}/{self.config.epochs}  synthesize {task.name}"
+                on_step = _reporter(progress, stage, call * period.steps,
+                                    period.calls * period.steps)  # fmt: skip
+                with self._fixed():
+                    result = task.synthesizer.synthesize(
+                        drawn, self._student(task), task.mapping, on_step
+                    )
+                _check_finite(result.losses, TERMS, epoch, task.name)
+                task.bank.add(result.images, result.targets)
+                rows.append(result.losses[result.best_step])
+                results.append(result)
+            mean = torch.stack(rows).mean(dim=0)
+            losses.update({f"{task.name}.{t}": float(v) for t, v in zip(TERMS, mean, strict=True)})
+            made[task.name] = {
+                part: torch.cat([getattr(result, part) for result in results])
+                for part in ("images", "targets", "features")
+            }
+        return losses, made
+
+    def _student(self, task: Task) -> Callable[[Tensor], Tensor]:
+        if self.student is not None:
+            return self.student
+        logits: Callable[[Tensor], Tensor] = self.prompted(task).logits
+        return logits
+
+    @torch.no_grad()
+    def update_mappings(self, epoch: int) -> dict[str, int]:
+        """Recount frequency (once) or iterative (every epoch) mappings on the banks.
+
+        Returns:
+            How many classes of each provider changed their partner.
+        """
+        kind = self.config.prompt.mapping
+        changed = {}
+        for task in self.tasks:
+            if task.mapping is None or kind == "random" or (kind == "frequency" and epoch > 0):
+                continue
+            mapping = self.count_mapping(task, self.prompt)
+            changed[task.name] = int((mapping != task.mapping).sum())
+            task.mapping = mapping
+        return changed
+
+    @torch.no_grad()
+    def count_mapping(self, task: Task, prompt: Prompt | None) -> Tensor:
+        """Frequency mapping of A through ``prompt`` against the provider, on the task's bank."""
+        images = self.bank_images(task)
+        seen = self.prompted(task, prompt)
+        ours, theirs = [], []
+        for part in images.chunk(-(-len(images) // self.config.prompt.calibration_batch)):
+            ours.append(seen.logits(part).argmax(dim=1))
+            theirs.append(task.source.model(part).argmax(dim=1))
+        shape = (self.sources.target.classes, task.source.classes)
+        table = count_table(torch.cat(ours), torch.cat(theirs), shape)
+        return frequency_mapping(table).to(self.device)
+
+    def bank_images(self, task: Task) -> Tensor:
+        """A task's whole bank, (M, 3, s, s) normalised with its own statistics."""
+        images = task.bank.images.to(self.device, torch.get_default_dtype()) / 255
+        if task.source.info.channels == 1:
+            images = images.mean(dim=1, keepdim=True)
+        return task.source.normalise(images)
+
+    def store(self, epoch: int, progress: Progress | None) -> tuple[dict[str, float], ...]:
+        """The knowledge storing period.
+
+        Returns:
+            Mean loss of every term, ``{task}.kl``; mean arg-max agreement of every task.
+        """
+        config = self.config.storing
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, epoch, self.config.epochs)
+        if self.student is not None:
+            self.student.train()
+        drawn = {
+            task.name: draw_storing(
+                config, task.source.info, len(task.bank),
+                config.batch if task.synthesizer is not None else config.batch_real,
+                seed=self.config.seed, epoch=epoch, task=task.name,
+            )
+            for task in self.tasks
+        }  # fmt: skip
+        stage = f"epoch {epoch + 1}/{self.config.epochs}  store"
+        on_step = _reporter(progress, stage, 0, config.steps)
+        log = self.engine.store(self._terms(), drawn, self.optimizer, config.steps, on_step)
+        names = [task.name for task in self.tasks]
+        _check_finite(log[:, : len(names)], [f"{name}.kl" for name in names], epoch, "storing")
+        mean = log.mean(dim=0).tolist()
+        losses = {f"{name}.kl": mean[i] for i, name in enumerate(names)}
+        agreement = {name: mean[len(names) + i] for i, name in enumerate(names)}
+        return losses, agreement
+
+    def _terms(self) -> list[Term]:
+        config, engine = self.config.storing, self.engine
+        terms = []
+        for task in self.tasks:
+            if self.student is not None:
+                loss = engine.vanilla_loss(self.student, task.source, config.temperature)
+            elif task.mapping is None:
+                loss = engine.core_loss(self.prompted(task), config.temperature,
+                                        config.target_of_a)  # fmt: skip
+            else:
+                loss = engine.provider_loss(self.prompted(task), task.source, config.temperature,
+                                            config.target_of_b)  # fmt: skip
+            grey = task.source.info.channels == 1
+            terms.append(Term(task.name, task.weight, task.bank, task.source, grey, loss))
+        return terms
+
+    @torch.no_grad()
+    def statistics(self, task: Task, prompt: Prompt) -> dict[str, Tensor] | None:
+        """Calibrated BatchNorm statistics of a task; None under the other policies."""
+        if self.config.prompt.batchnorm != "calibrated":
+            return None
+        seen = PromptedModel(self.sources.target, prompt, task.depth, task.mapping)
+        return calibrate(seen, self.bank_images(task), self.config.prompt.calibration_batch)
+
+    def delivered_prompt(self) -> Prompt:
+        """The prompt as it is stored: cells rounded to fp16."""
+        assert self.prompt is not None
+        rounded = copy.deepcopy(self.prompt)
+        for cells in rounded.cells:
+            cells.data = cells.data.half().to(cells.dtype)
+        return rounded.requires_grad_(False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next epoch depends on, apart from the banks."""
+        tensors = module_tensors((self.prompt or self.student), "model")  # type: ignore[arg-type]
+        tensors |= optimizer_tensors(self.optimizer, "sgd")
+        for task in self.tasks:
+            if task.mapping is not None:
+                tensors[f"{task.name}.mapping"] = task.mapping
+            if task.synthesizer is not None:
+                head = task.synthesizer.head
+                tensors |= module_tensors(head, f"{task.name}.head")
+                tensors |= optimizer_tensors(task.synthesizer.head_optimizer, f"{task.name}.adam")
+        return tensors
+
+    def load(
+        self, tensors: Mapping[str, Tensor],
+        bank: Callable[[str], Iterable[Mapping[str, Tensor]]],
+    ) -> None:  # fmt: skip
+        """Continue from :meth:`state` and the banks on disk."""
+        load_module((self.prompt or self.student), tensors, "model")  # type: ignore[arg-type]
+        load_optimizer(self.optimizer, tensors, "sgd")
+        for task in self.tasks:
+            if task.mapping is not None:
+                task.mapping = tensors[f"{task.name}.mapping"].to(self.device)
+            if task.synthesizer is None:
+                continue
+            load_module(task.synthesizer.head, tensors, f"{task.name}.head")
+            load_optimizer(task.synthesizer.head_optimizer, tensors, f"{task.name}.adam")
+            for made in bank(task.name):
+                task.bank.add(made["images"], made["targets"])
+                task.synthesizer.features.add(made["features"])
+
+
+def _reporter(
+    progress: Progress | None, stage: str, before: int, total: int
+) -> Callable[[int, Tensor], None] | None:
+    """Tell ``progress`` about every tenth step; None where nobody listens."""
+    if progress is None:
+        return None
+
+    def on_step(done: int, loss: Tensor) -> None:
+        if done % 10 == 0 or before + done == total:
+            progress(stage, before + done, total, loss=float(loss))
+
+    return on_step
+
+
+def _check_finite(losses: Tensor, terms: Iterable[str], epoch: int, task: str) -> None:
+    bad = ~losses.isfinite()
+    if bad.any():
+        step = int(bad.any(dim=1).nonzero()[0])
+        names = [t for t, b in zip(terms, bad[step].tolist(), strict=False) if b]
+        raise NonFiniteLossError(
+            f"the loss of {task!r} is no longer finite",
+            got=f"epoch {epoch + 1}, step {step + 1}, term {names[0]}: {losses[step].tolist()}",
+            expected="finite loss terms",
+            fix="lower the learning rate or that term's weight; the last checkpoint is intact",
+        )

@@ -1,0 +1,163 @@
+"""The tasks of a run: whose knowledge, how many rings, which bank, which mapping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kiop_fast.config import RunConfig
+from kiop_fast.data import dataset
+from kiop_fast.data.spec import DatasetInfo
+from kiop_fast.engine import Engine
+from kiop_fast.prompt import check_class_counts, disjoint_mappings, random_mapping
+from kiop_fast.runtime import draws
+from kiop_fast.source import Source, batchnorm_layers
+from kiop_fast.synthesize import generator_channels
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Model A and the models whose knowledge joins it."""
+
+    target: Source
+    providers: tuple[Source, ...]
+
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 by role; roles keep two sources of one name apart."""
+        roles = {"target": self.target}
+        roles.update({f"provider {i + 1}": p for i, p in enumerate(self.providers)})
+        return {role: source.sha256 for role, source in roles.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise SourceError if training touched a source."""
+        for source in (self.target, *self.providers):
+            source.check_unchanged()
+
+
+@dataclass
+class Task:
+    """One job of the prompted model.
+
+    Attributes:
+        name: the dataset's name, made unique within the run.
+        source: whose knowledge it is (A itself for A's own task).
+        depth: rings its images pass.
+        mapping: A's class for each class of the provider; None for A's own task.
+        weight: α or β of the transfer loss.
+        bank: its images, in the engine's store.
+        synthesizer: makes them; None where real data stands in (mode b).
+    """
+
+    name: str
+    source: Source
+    depth: int
+    mapping: Tensor | None
+    weight: float
+    bank: Any
+    synthesizer: Any
+
+
+# The statistics that the authors' scripts normalise synthetic images with, where these differ
+# from what the source was trained with (registry.NORMALIZE_DICT upstream; SPEC section 9).
+_UPSTREAM_INVERSION = {"mnist": (0.1307, 0.3081), "fmnist": (0.1307, 0.3081), "svhn": (0.5, 0.5)}
+
+
+def synthesis_normaliser(config: RunConfig, sources: Sources, source: Source) -> DatasetInfo:
+    """Statistics for a task's synthetic images: its own, or upstream's choice (the provider's)."""
+    if config.synthesis.normaliser == "own":
+        return source.info
+    info = sources.providers[0].info if source is sources.target else source.info
+    mean, std = _UPSTREAM_INVERSION.get(info.name, (None, None))
+    if mean is None or std is None:
+        return info
+    return replace(info, mean=(mean,) * 3, std=(std,) * 3)
+
+
+def make_tasks(
+    config: RunConfig, sources: Sources, engine: Engine, *, inner_rings: int,
+    device: torch.device, scratch: Path,
+) -> list[Task]:  # fmt: skip
+    """Every task that this run trains, A's own first.
+
+    Args:
+        inner_rings: rings taken over from an earlier prompt; A's own task is then done already.
+
+    Raises:
+        MappingError: an injective mapping is impossible.
+        SourceError: a source has no BatchNorm layer.
+    """
+    names = _unique_names([sources.target, *sources.providers])
+    tasks = []
+    if config.mode in ("bf", "b") and not inner_rings:
+        tasks.append(_task(config, sources, engine, names[0], sources.target, 1, None,
+                           config.storing.alpha, device, scratch))  # fmt: skip
+    mappings = initial_mappings(config, sources, names[1:])
+    for i, (name, provider) in enumerate(zip(names[1:], sources.providers, strict=True)):
+        depth = provider_depth(config, i, inner_rings)
+        tasks.append(_task(config, sources, engine, name, provider, depth, mappings[i],
+                           config.storing.beta, device, scratch))  # fmt: skip
+    return tasks
+
+
+def provider_depth(config: RunConfig, index: int, inner_rings: int) -> int:
+    """Rings that provider ``index`` (from 0) looks through."""
+    if inner_rings:
+        return inner_rings + index + 1
+    if config.mode == "t" or len(config.prompt.rings) == 1:
+        return min(index + 1, len(config.prompt.rings))
+    return index + 2
+
+
+def initial_mappings(
+    config: RunConfig, sources: Sources, names: list[str]
+) -> list[Tensor | None]:
+    """Random mappings (RLM), which frequency and iterative mapping replace later."""
+    if config.mode == "vanilla":
+        return [None] * len(names)
+    target = sources.target
+    counts = [provider.classes for provider in sources.providers]
+    for provider in sources.providers:
+        check_class_counts(target.classes, provider.classes, (target.name, provider.name))
+    if config.prompt.disjoint:
+        rng = draws.generator(config.seed, 0, "all providers", "mapping")
+        return list(disjoint_mappings(rng, target.classes, counts))
+    return [
+        random_mapping(draws.generator(config.seed, 0, name, "mapping"), target.classes, count)
+        for name, count in zip(names, counts, strict=True)
+    ]
+
+
+def _task(
+    config: RunConfig, sources: Sources, engine: Engine, name: str, source: Source, depth: int,
+    mapping: Tensor | None, weight: float, device: torch.device, scratch: Path,
+) -> Task:  # fmt: skip
+    if source is sources.target and config.mode == "b":
+        real = dataset(source.info.name).train(config.side)
+        bank = engine.image_bank(real.images.shape[1], config.side, device, folder=scratch / name)
+        bank.add(real.images, real.labels)
+        return Task(name, source, depth, mapping, weight, bank, None)
+    batchnorm_layers(source.model)
+    period = config.synthesis
+    made = (period.epochs or config.epochs) * period.calls * period.batch
+    synthesizer = engine.synthesizer(
+        source, period, synthesis_normaliser(config, sources, source), side=config.side,
+        bank_rows=min(period.bank_rows, made), seed=config.seed, task=name, device=device,
+    )  # fmt: skip
+    channels = generator_channels(period, source)
+    bank = engine.image_bank(channels, config.side, device, folder=scratch / name)
+    return Task(name, source, depth, mapping, weight, bank, synthesizer)
+
+
+def _unique_names(sources: list[Source]) -> list[str]:
+    names: list[str] = []
+    for source in sources:
+        base, count = source.info.name, 2
+        name = base
+        while name in names:
+            name, count = f"{base}-{count}", count + 1
+        names.append(name)
+    return names
