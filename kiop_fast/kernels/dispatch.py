@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -89,18 +89,22 @@ def use_triton(op: str, *tensors: Tensor, unsupported: str = "") -> bool:
     return _triton_wanted(op, tensors[0].device.type, unsupported)
 
 
-def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Makes ``tensor``'s GPU the current one: Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Launches a ``jit`` kernel on the GPU of its first tensor and counts it by its name.
 
-
-def count_launch(kernel: str) -> None:
-    """Called by every launcher, once a launch (once a capture inside a CUDA graph)."""
-    _launches[kernel] += 1
+    Every launcher goes through here, so that counts are complete and so that a test can take the
+    place of the device: it replaces this function, calls the launchers with meta tensors and
+    compiles what they would have launched.
+    """
+    _launches[kernel.fn.__name__] += 1
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **meta)
 
 
 def launches() -> dict[str, int]:
-    """Triton launches since the last reset, by kernel name."""
+    """Launches since the last reset, by kernel name (one a capture inside a CUDA graph)."""
     return dict(_launches)
 
 
