@@ -1,0 +1,123 @@
+"""bank_replay: a batch out of the uint8 image bank, augmented and normalised in one pass.
+
+The reader of the knowledge storing period (SPEC section 5; upstream reads PNG files through a
+DataLoader).  For row n, channel c, output pixel (y, x), with x' = s - 1 - x where flipped, else x:
+
+    result[n,c,y,x] = (P[index_n, c, top_n + y, left_n + x'] / 255 - mean_c) / std_c
+
+P is the bank's image in a black frame of ``pad`` pixels; without ``crop``, top = left = pad.
+
+    bank (M, C, s, s) uint8;  index (N,);  crop (N, 2);  flip (N,);  result (N, Cout, s, s)
+    bytes  N · C · s² read, N · Cout · s² · size of the result's dtype written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kiop_fast.errors import KernelError
+from kiop_fast.kernels.crop import (
+    check_crop,
+    check_dtype,
+    check_normaliser,
+    check_table,
+    crop_window,
+    flipped_columns,
+    require_rows,
+)
+
+
+def bank_replay_eager(
+    bank: Tensor,
+    index: Tensor,
+    *,
+    crop: Tensor | None = None,
+    flip: Tensor | None = None,
+    pad: int = 0,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Tensor:
+    """The same in plain torch; geometry happens on bytes, before they become floats."""
+    images = bank.index_select(0, index)
+    side = bank.shape[-1]
+    if crop is not None:
+        rows = crop[:, :1] + torch.arange(side, device=crop.device)
+        columns = torch.arange(side, device=crop.device).expand(len(index), -1)
+        columns = columns if flip is None else flipped_columns(side, flip)
+        images = crop_window(images, rows, crop[:, 1:] + columns, pad)
+    elif flip is not None:
+        images = torch.where(flip[:, None, None, None], images.flip(3), images)
+    acc = torch.promote_types(dtype, torch.float32)
+    scale = 1 / std.to(acc)[:, None, None]
+    shift = mean.to(acc)[:, None, None] * scale
+    result = (images.to(acc) * (scale / 255)).sub_(shift).to(dtype)
+    return result.contiguous(memory_format=torch.channels_last) if channels_last else result
+
+
+def bank_replay(
+    bank: Tensor,
+    index: Tensor,
+    *,
+    crop: Tensor | None = None,
+    flip: Tensor | None = None,
+    pad: int = 0,
+    mean: Tensor | Sequence[float],
+    std: Tensor | Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Tensor:
+    """Gathers a training batch from the bank.
+
+    Args:
+        bank: (M, C, s, s) uint8, 255 is white.
+        index: (N,) integers, the images wanted, in [0, M).
+        crop: (N, 2) integers, top and left in the black frame, 0 to 2 · pad, pixels; None: no
+            crop.
+        flip: (N,) bool, mirror left to right; None: no flip.
+        pad: width of the black frame, pixels.
+        mean: (Cout,) of the normaliser.  A tensor on the bank's device costs no copy; inside a
+            CUDA graph capture it has to be one.
+        std: (Cout,).
+        dtype: of the result.
+        channels_last: store the result channels-last.
+
+    Returns:
+        (N, Cout, s, s), no gradient.  Cout is C, or 3 for C = 1 with a three-channel normaliser
+        (grey repeated).
+
+    Raises:
+        KernelError: shapes, dtypes or devices that do not fit; on the CPU also rows that are not
+            in the bank and crops that leave the frame (on a GPU, looking would wait for it).
+    """
+    mean, std = check_normaliser("bank_replay", bank, mean, std)
+    _check(bank, index, dtype)
+    check_crop("bank_replay", bank, len(index), crop, flip, pad)
+    return bank_replay_eager(
+        bank,
+        index,
+        crop=crop,
+        flip=flip,
+        pad=pad,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+        channels_last=channels_last,
+    )
+
+
+def _check(bank: Tensor, index: Tensor, dtype: torch.dtype) -> None:
+    if bank.dtype != torch.uint8:
+        raise KernelError(
+            "bank_replay reads a bank of bytes",
+            got=bank.dtype,
+            expected="torch.uint8, 255 is white",
+        )
+    check_table("bank_replay", bank, "index", index, (index.numel(),), "integer")
+    inside = (index >= 0) & (index < len(bank))
+    require_rows("bank_replay", "index", index, inside, f"a row of the bank, 0 to {len(bank) - 1}")
+    check_dtype("bank_replay", dtype)

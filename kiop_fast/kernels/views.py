@@ -1,0 +1,196 @@
+"""views: images → two views of each, cropped, resized, flipped and normalised in one pass.
+
+The views of contrastive model inversion (SPEC section 4.3), from boxes and flips drawn elsewhere.
+For image n, channel c, output pixel (y, x), with x' = s - 1 - x where flipped, else x:
+
+    global[n,c,y,x] = P[n, c, top + y, left + x'],       P = the image in a black frame of ``pad``
+    local[n,c,y,x]  = Σ_ij T(top + r_h y - i) T(left + r_w x' - j) X[n,c,i,j]
+    T(t) = max(0, 1 - |t|),  r_h = (height - 1)/(s - 1),  r_w = (width - 1)/(s - 1)
+    result          = (view - mean_c)/std_c; black padding is black before this
+
+The local view is kornia 0.9's RandomResizedCrop in slice mode (crop, then resize to s × s):
+bilinear with align_corners=True and no antialias, as torch.nn.functional.interpolate does it.
+Both views are Ry · X · Rxᵀ with one matrix row a pixel (one-hot rows for the global view), so
+with the cotangent G:  dX = Σ_views Ryᵀ · (G / std) · Rx.
+
+    images (N, C, s, s);  crop (N, 2);  box (N, 4);  flips (N,);  result (2N, Cout, s, s)
+    bytes  forward reads the images twice and writes 2N · Cout · s²; backward the reverse
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kiop_fast.kernels import dispatch
+from kiop_fast.kernels.crop import (
+    check_crop,
+    check_dtype,
+    check_normaliser,
+    check_table,
+    crop_window,
+    flipped_columns,
+    require_rows,
+)
+
+
+def views_eager(
+    images: Tensor,
+    crop: Tensor,
+    crop_flip: Tensor,
+    box: Tensor,
+    box_flip: Tensor,
+    *,
+    pad: int,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """The same in plain torch, whole batches at a time, with its gradient written out.
+
+    Local views as two batched matmuls, global views as one gather; the gradient likewise (the
+    adjoint of a crop is a crop).  Measured on one core against matmuls for both, 4-tap gathers
+    for both, ``grid_sample`` and a loop of ``interpolate``: the fastest forward and backward from
+    64 images of 16 × 16 to 200 of 3 × 32 × 32, 5 to 25 times faster than the loop.
+    ``torch.set_float32_matmul_precision`` applies to the matmuls.
+    """
+    result = _Twin.apply(images, crop, crop_flip, box, box_flip, pad, mean, std)
+    result = result.to(images.dtype if dtype is None else dtype)
+    return result.contiguous(memory_format=torch.channels_last) if channels_last else result
+
+
+def _matrices(box: Tensor, flip: Tensor, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """box (N, 4), flip (N,) → Ry, Rx (N, s, s): output pixel × image pixel, T of the docstring."""
+    pixels = torch.arange(side, device=box.device)
+    step = (box[:, 2:] - 1).to(dtype) / max(side - 1, 1)
+    places = torch.stack([pixels.expand(len(flip), -1), flipped_columns(side, flip)], dim=1)
+    places = places.to(dtype) * step[:, :, None]
+    inside = (pixels - box[:, :2, None]).to(dtype)
+    tents = (1 - (places[..., :, None] - inside[..., None, :]).abs_()).clamp_(min=0)
+    return tents[:, 0], tents[:, 1]
+
+
+def _forward_eager(
+    images: Tensor,
+    crop: Tensor,
+    crop_flip: Tensor,
+    box: Tensor,
+    box_flip: Tensor,
+    pad: int,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
+    """Both views, normalised: (2N, Cout, s, s) in fp32, or fp64 for fp64 images."""
+    images = images.to(dispatch.accumulation_dtype(images))
+    side = images.shape[-1]
+    rows = crop[:, :1] + torch.arange(side, device=crop.device)
+    wide = crop_window(images, rows, crop[:, 1:] + flipped_columns(side, crop_flip), pad)
+    by_row, by_column = _matrices(box, box_flip, side, images.dtype)
+    narrow = torch.bmm(images.flatten(1, 2), by_column.mT).view_as(images)
+    narrow = torch.matmul(by_row[:, None], narrow)
+    scale = 1 / std.to(images.dtype)[:, None, None]
+    shift = mean.to(images.dtype)[:, None, None] * scale
+    return (torch.cat([wide, narrow]) * scale).sub_(shift)
+
+
+def _backward_eager(
+    grad: Tensor,
+    crop: Tensor,
+    crop_flip: Tensor,
+    box: Tensor,
+    box_flip: Tensor,
+    pad: int,
+    std: Tensor,
+    channels: int,
+) -> Tensor:
+    """grad (2N, Cout, s, s) → (N, C, s, s); a repeated grey channel gets its copies' sum."""
+    grad = grad / std.to(grad.dtype)[:, None, None]
+    if grad.shape[1] != channels:
+        grad = grad.sum(1, keepdim=True)
+    wide, narrow = grad.chunk(2)
+    side = grad.shape[-1]
+    # Image column j was shown at x' = j + pad - left: the adjoint of a crop is the crop back.
+    pixels = torch.arange(side, device=crop.device) + 2 * pad
+    columns = pixels - crop[:, 1:]
+    columns = torch.where(crop_flip[:, None], side - 1 + 2 * pad - columns, columns)
+    wide = crop_window(wide, pixels - crop[:, :1], columns, pad)
+    by_row, by_column = _matrices(box, box_flip, side, grad.dtype)
+    narrow = torch.bmm(narrow.flatten(1, 2), by_column).view_as(wide)
+    return wide.add_(torch.matmul(by_row.mT[:, None], narrow))
+
+
+class _Twin(torch.autograd.Function):
+    """The eager twin's gradient; torch.compile traces through it."""
+
+    @staticmethod
+    def forward(ctx, images, crop, crop_flip, box, box_flip, pad, mean, std):
+        ctx.save_for_backward(crop, crop_flip, box, box_flip, std)
+        ctx.pad, ctx.channels, ctx.dtype = pad, images.shape[1], images.dtype
+        return _forward_eager(images, crop, crop_flip, box, box_flip, pad, mean, std)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *geometry, std = ctx.saved_tensors
+        grad = _backward_eager(grad, *geometry, ctx.pad, std, ctx.channels)
+        return grad.to(ctx.dtype), *[None] * 7
+
+
+def views(
+    images: Tensor,
+    crop: Tensor,
+    crop_flip: Tensor,
+    box: Tensor,
+    box_flip: Tensor,
+    *,
+    pad: int,
+    mean: Tensor | Sequence[float],
+    std: Tensor | Sequence[float],
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """Makes the global and the local view of every image (SPEC section 4.3; kornia's geometry).
+
+    Args:
+        images: (N, C, s, s) in [0, 1]; gradients flow into them.
+        crop: (N, 2) integers, top and left of the global view in the frame, 0 to 2 · pad, pixels.
+        crop_flip: (N,) bool, mirror the global view left to right.
+        box: (N, 4) integers, top, left, height and width of the local view's box, pixels.
+        box_flip: (N,) bool, mirror the local view.
+        pad: width of the black frame, pixels.
+        mean: (Cout,) of the normaliser.  A tensor on the images' device costs no copy; inside a
+            CUDA graph capture it has to be one.
+        std: (Cout,).
+        dtype: of the result; the images' by default.
+        channels_last: store the result channels-last.
+
+    Returns:
+        (2N, Cout, s, s): the N global views, then the N local views.  Cout is C, or 3 for C = 1
+        with a three-channel normaliser (grey repeated).
+
+    Raises:
+        KernelError: shapes, dtypes or devices that do not fit; on the CPU also crops and boxes
+            that leave the image (on a GPU, looking would wait for it).
+    """
+    mean, std = check_normaliser("views", images, mean, std)
+    dispatch.require_floating("views", images=images)
+    check_crop("views", images, len(images), crop, crop_flip, pad)
+    _check_box(images, box, box_flip)
+    check_dtype("views", dtype)
+    geometry = (crop, crop_flip, box, box_flip)
+    return views_eager(
+        images, *geometry, pad=pad, mean=mean, std=std, dtype=dtype, channels_last=channels_last
+    )
+
+
+def _check_box(images: Tensor, box: Tensor, flip: Tensor) -> None:
+    check_table("views", images, "box", box, (len(images), 4), "integer")
+    check_table("views", images, "box_flip", flip, (len(images),), "bool")
+    start, size = box[:, :2], box[:, 2:]
+    inside = ((start >= 0) & (size >= 1) & (start + size <= images.shape[-1])).all(1)
+    expected = f"top, left, height, width of a box inside {images.shape[-1]} × {images.shape[-1]}"
+    require_rows("views", "box", box, inside, expected)
