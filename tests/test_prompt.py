@@ -1,0 +1,169 @@
+"""Rings, mapping, BatchNorm policies: against formulas written here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kiop_fast.data.spec import DatasetInfo
+from kiop_fast.errors import MappingError, PromptError
+from kiop_fast.prompt import (
+    Prompt,
+    PromptedModel,
+    calibrate,
+    count_table,
+    disjoint_mappings,
+    frequency_mapping,
+    random_mapping,
+)
+from kiop_fast.runtime import draws
+from kiop_fast.source import Source, batch_statistics, freeze
+
+Make = Callable[..., Source]
+
+
+def filled(prompt: Prompt) -> Prompt:
+    """Cells that are all different."""
+    with torch.no_grad():
+        for k, cells in enumerate(prompt.cells):
+            cells.copy_(torch.sin(torch.arange(cells.numel()) * 0.7 + k).view_as(cells) * 3)
+    return prompt
+
+
+def test_the_papers_setting_has_46080_cells() -> None:
+    """3 (36² - 32²) + 3 (128² - 36²), SPEC section 2; the paper says roughly 50K."""
+    prompt = Prompt(32, (36, 128))
+    assert sum(cells.numel() for cells in prompt.cells) == 46080
+    assert all(not cells.any() for cells in prompt.cells)
+
+
+@pytest.mark.parametrize(("side", "rings"), [(16, (20, 28)), (16, (19, 24, 31)), (31, (32, 37))])
+def test_forward_is_nested_padding_plus_sigmoid(side: int, rings: tuple[int, ...]) -> None:
+    prompt = filled(Prompt(side, rings))
+    images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+    expected = images
+    for outer, square in zip(rings, prompt.squares(), strict=True):
+        inner = expected.shape[-1]
+        near, far = (outer - inner + 1) // 2, (outer - inner) // 2
+        mask = F.pad(torch.zeros(inner, inner), (near, far, near, far), value=1.0)
+        expected = F.pad(expected, (near, far, near, far)) + torch.sigmoid(square) * mask
+    torch.testing.assert_close(prompt(images), expected, rtol=0, atol=0)
+
+
+def test_untouched_cells_are_a_flat_half() -> None:
+    picture = Prompt(8, (12,)).picture()
+    assert picture[:, 2:10, 2:10].eq(0).all()
+    assert picture[:, :2].eq(0.5).all()
+
+
+@pytest.mark.parametrize(("side", "rings"), [(16, ()), (16, (16,)), (16, (20, 20)), (16, (24, 20))])
+def test_rings_must_nest(side: int, rings: tuple[int, ...]) -> None:
+    with pytest.raises(PromptError, match="nest"):
+        Prompt(side, rings)
+
+
+def test_depth_must_exist() -> None:
+    with pytest.raises(PromptError, match="no such depth"):
+        Prompt(16, (20,))(torch.zeros(1, 3, 16, 16), depth=2)
+
+
+def test_frequency_mapping_by_hand() -> None:
+    """Largest first; ties to the lowest s, then t; class 3 is absent and takes the lowest free."""
+    table = torch.tensor([[5, 5, 0, 0], [5, 9, 0, 0], [0, 8, 0, 0], [1, 0, 2, 0], [0, 0, 2, 0]])
+    # 9 at (1,1); 5 at (0,0) [8 at (2,1) is gone with column 1]; 2 at (3,2); class 3 takes row 2.
+    assert frequency_mapping(table).tolist() == [0, 1, 3, 2]
+
+
+def test_frequency_mapping_ties() -> None:
+    assert frequency_mapping(torch.ones(4, 3, dtype=torch.int64)).tolist() == [0, 1, 2]
+    assert frequency_mapping(torch.zeros(4, 3, dtype=torch.int64)).tolist() == [0, 1, 2]
+
+
+def test_frequency_mapping_needs_enough_classes() -> None:
+    with pytest.raises(MappingError, match=r"(?s)3 classes.*4 classes"):
+        frequency_mapping(torch.ones(3, 4, dtype=torch.int64))
+
+
+def test_count_table() -> None:
+    table = count_table(torch.tensor([2, 2, 0]), torch.tensor([1, 1, 0]), (3, 2))
+    assert table.tolist() == [[1, 0], [0, 0], [0, 2]]
+
+
+def test_random_mappings_are_injective_and_named_by_their_draw() -> None:
+    one = random_mapping(draws.generator(0, 0, "digits", "mapping"), 26, 10)
+    two = random_mapping(draws.generator(0, 0, "digits", "mapping"), 26, 10)
+    assert one.unique().numel() == 10
+    assert torch.equal(one, two)
+    assert not torch.equal(one, random_mapping(draws.generator(1, 0, "digits", "mapping"), 26, 10))
+
+
+def test_disjoint_mappings_share_no_class() -> None:
+    parts = disjoint_mappings(np.random.default_rng(0), 26, [10, 8, 8])
+    assert sorted(torch.cat(parts).tolist()) == list(range(26))
+    with pytest.raises(MappingError, match="disjoint"):
+        disjoint_mappings(np.random.default_rng(0), 26, [10, 10, 10])
+
+
+def test_mapping_out_of_range(make_source: Make) -> None:
+    target = make_source("resnet8", "digits")
+    with pytest.raises(MappingError, match="does not have"):
+        PromptedModel(target, Prompt(16, (20,)), 1, torch.tensor([3, 10]))
+
+
+def test_policy_batch_normalises_with_the_batch_and_writes_nothing(make_source: Make) -> None:
+    source = make_source("resnet8", "letters")
+    images = torch.rand(6, 3, 20, 20)
+    layer = next(m for m in source.model.modules() if isinstance(m, nn.BatchNorm2d))
+    seen = {}
+    hook = layer.register_forward_hook(lambda m, i, o: seen.update(x=i[0], y=o))
+    with batch_statistics(source.model):
+        source.model(images)
+    hook.remove()
+    x = seen["x"]
+    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
+    weight, bias = layer.weight.view(1, -1, 1, 1), layer.bias.view(1, -1, 1, 1)
+    expected = (x - mean) / (var + layer.eps).sqrt() * weight + bias
+    torch.testing.assert_close(seen["y"], expected)
+    source.check_unchanged()
+    assert not layer.training
+
+
+def one_layer() -> Source:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 5),
+    )  # fmt: skip
+    info = DatasetInfo("five", 8, 3, tuple("abcde"))
+    return freeze(model, info, name="one layer", arch="one")
+
+
+def test_calibration_pools_mean_and_variance_exactly() -> None:
+    """One BatchNorm layer: statistics over all images, however they are chunked."""
+    source, prompt = one_layer(), filled(Prompt(8, (12,)))
+    images = torch.randn(23, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 3 + 5
+    statistics = calibrate(PromptedModel(source, prompt, 1), images, batch=7)
+    with torch.no_grad():
+        x = source.model[0](prompt(images)).double()
+    torch.testing.assert_close(statistics["1.running_mean"].double(), x.mean((0, 2, 3)))
+    expected = x.var((0, 2, 3), unbiased=False)
+    torch.testing.assert_close(statistics["1.running_var"].double(), expected)
+
+
+def test_calibrated_statistics_are_used(make_source: Make) -> None:
+    source, prompt = make_source("resnet8", "letters"), filled(Prompt(16, (20,)))
+    images = torch.rand(16, 3, 16, 16)
+    statistics = calibrate(PromptedModel(source, prompt, 1), images, batch=16)
+    with torch.no_grad():
+        calibrated = PromptedModel(
+            source, prompt, 1, batchnorm="calibrated", statistics=statistics
+        )(images)
+        batch = PromptedModel(source, prompt, 1, batchnorm="batch")(images)
+        running = PromptedModel(source, prompt, 1, batchnorm="running")(images)
+    torch.testing.assert_close(calibrated, batch, rtol=1e-4, atol=1e-4)
+    assert (calibrated - running).abs().max() > 1e-2
+    source.check_unchanged()
