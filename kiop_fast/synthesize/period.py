@@ -153,30 +153,28 @@ class Synthesizer:
         best_step = torch.zeros((), dtype=torch.int64, device=self.device)
         best_images = best_features = torch.empty(0)
         losses = torch.empty(config.steps, len(TERMS), device=self.device)
-        with BatchNormTaps(self.teacher.model, rows=config.batch) as taps:
-            for step in range(config.steps):
-                images = self.generator(z)
-                terms, features = self._terms(
-                    images, drawn, step, targets, student, mapping, taps
-                )
-                total = terms[-1]
-                losses[step] = torch.stack(terms).detach()
-                if step == 0:
-                    best_images = torch.empty_like(images)
-                    best_features = torch.empty_like(features)
-                take = (total < best) | torch.tensor(step == 0, device=self.device)
-                best = torch.where(take, total, best).detach()
-                best_step = torch.where(take, step, best_step)
-                best_images = torch.where(take, images, best_images).detach()
-                best_features = torch.where(take, features, best_features)
-                optimizer.zero_grad()
-                self.head_optimizer.zero_grad()
-                total.backward()
-                optimizer.step()
-                if config.cr:
-                    self.head_optimizer.step()
-                if on_step is not None:
-                    on_step(step + 1, total.detach())
+        taps = BatchNormTaps(self.teacher.model, rows=config.batch)
+        for step in range(config.steps):
+            images = self.generator(z)
+            terms, features = self._terms(images, drawn, step, targets, student, mapping, taps)
+            total = terms[-1]
+            losses[step] = torch.stack(terms).detach()
+            if step == 0:
+                best_images = torch.empty_like(images)
+                best_features = torch.empty_like(features)
+            take = (total < best) | torch.tensor(step == 0, device=self.device)
+            best = torch.where(take, total, best).detach()
+            best_step = torch.where(take, step, best_step)
+            best_images = torch.where(take, images, best_images).detach()
+            best_features = torch.where(take, features, best_features)
+            optimizer.zero_grad()
+            self.head_optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            if config.cr:
+                self.head_optimizer.step()
+            if on_step is not None:
+                on_step(step + 1, total.detach())
         self.features.add(best_features)
         return Synthesised(
             quantise(best_images), drawn.targets, best_features, losses.cpu(), int(best_step)
@@ -193,8 +191,9 @@ class Synthesizer:
             pad=config.pad, mean=self.mean, std=self.std,
         )  # fmt: skip
         batch = len(images)
-        logits = self.teacher.model(both)[:batch]
-        bn, features = taps.take()
+        with taps:  # off again before the student runs: A may be teacher and student
+            logits = self.teacher.model(both)[:batch]
+            bn, features = taps.take()
         global_, local = features.split(batch)
         oh = F.cross_entropy(logits, targets)
         adv = cr = torch.zeros((), device=self.device)
