@@ -1,0 +1,209 @@
+"""A prompt on its model: one ``nn.Module`` a task, ready for images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kiop_fast.data.spec import DatasetInfo
+from kiop_fast.errors import ArtefactError, DataError, unknown_name
+from kiop_fast.prompt.prompted import PromptedModel
+from kiop_fast.prompt.rings import Prompt
+from kiop_fast.source import Source, batchnorm_layers, fingerprint
+
+
+@dataclass(frozen=True)
+class ArtefactTask:
+    """One job that the prompted model does.
+
+    Attributes:
+        name: unique among the tasks; the dataset's name where that is.
+        depth: how many rings its images pass.
+        mapping: (classes of the task,) int64 into A's classes; None keeps A's own.
+        statistics: calibrated BatchNorm statistics by A's buffer names, fp32; None where the
+            policy needs none.
+        info: classes, channels and normaliser of its images.
+    """
+
+    name: str
+    depth: int
+    mapping: Tensor | None
+    statistics: Mapping[str, Tensor] | None
+    info: DatasetInfo
+
+
+class ServedPrompt:
+    """Model A wearing a prompt; :meth:`task` gives a module for each of its jobs.
+
+    Args:
+        model: A, or a Source around it; put in eval mode, its gradients switched off.
+        prompt: the rings.
+        tasks: the jobs.
+        batchnorm: calibrated | running | batch.
+        name, arch, info: facts about A, used where ``model`` is a bare module.
+        sha256: what A's fingerprint must be; None to take any model.
+
+    Raises:
+        ArtefactError: another model, or one without the layers that the statistics name.
+    """
+
+    def __init__(
+        self, model: Source | nn.Module, prompt: Prompt, tasks: Sequence[ArtefactTask],
+        batchnorm: str, *, name: str, arch: str, info: DatasetInfo, sha256: str | None,
+    ) -> None:  # fmt: skip
+        module = model.model if isinstance(model, Source) else model
+        module.eval().requires_grad_(False)
+        if sha256 is not None:
+            found = fingerprint(module)
+            if found != sha256:
+                raise ArtefactError(
+                    "this is not the model that the prompt was made for",
+                    got=f"{type(module).__name__} with sha256 {found[:16]}…",
+                    expected=f"{name} with sha256 {sha256[:16]}…",
+                    fix="load the target's own checkpoint, or pass check=False to try anyway",
+                )
+        self.target = Source(name, arch, module, info, sha256 or "")
+        self.prompt, self.tasks, self.batchnorm = prompt, tuple(tasks), batchnorm
+        self.prompt.to(next(module.parameters()).device)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks."""
+        return [task.name for task in self.tasks]
+
+    def task(self, name: str) -> PromptedTask:
+        """The module that does one job."""
+        for task in self.tasks:
+            if task.name == name:
+                return PromptedTask(self.target, self.prompt, task, self.batchnorm)
+        raise unknown_name("task", name, self.names, ArtefactError)
+
+
+class PromptedTask(nn.Module):
+    """A through the prompt, as a classifier of one task: images in, logits out.
+
+    Under ``calibrated`` and ``running`` an image's logits do not depend on the rest of its batch;
+    under ``batch``, as upstream evaluates, they do.  It always stays in eval mode.
+
+    Attributes:
+        name: the task's name.
+        classes: class names of the task, in the order of the logits.
+        side: image side it takes, pixels.
+        info: facts about the task's data.
+    """
+
+    def __init__(self, target: Source, prompt: Prompt, task: ArtefactTask, batchnorm: str) -> None:
+        super().__init__()
+        if batchnorm == "calibrated":
+            _check_statistics(target.model, task)
+        self.model, self.prompt = target.model, prompt
+        self.name, self.info, self.side = task.name, task.info, prompt.side
+        self.classes = task.info.classes
+        self.depth, self.batchnorm = task.depth, batchnorm
+        self._target = target
+        self._names = sorted(task.statistics or {}) if batchnorm == "calibrated" else []
+        device = next(target.model.parameters()).device
+        buffers = {
+            "mean": torch.tensor(task.info.mean).view(3, 1, 1),
+            "std": torch.tensor(task.info.std).view(3, 1, 1),
+            "mapping": task.mapping,
+        }
+        for i, name in enumerate(self._names):
+            assert task.statistics is not None
+            buffers[f"statistic{i}"] = task.statistics[name]
+        for name, value in buffers.items():
+            held = None if value is None else value.to(device)
+            self.register_buffer(name, held, persistent=False)
+        self.eval()
+        self._core = self._make_core()
+
+    def _make_core(self) -> PromptedModel:
+        statistics = {name: self.get_buffer(f"statistic{i}") for i, name in enumerate(self._names)}
+        return PromptedModel(
+            self._target, self.prompt, self.depth, self._buffers["mapping"],
+            batchnorm=self.batchnorm, statistics=statistics or None,
+        )  # fmt: skip
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PromptedTask:
+        super()._apply(*args, **kwargs)
+        self._core = self._make_core()
+        return self
+
+    def train(self, mode: bool = True) -> PromptedTask:
+        """Stays in eval mode: a served model is frozen."""
+        super().train(False)
+        return self
+
+    def canvas(self, images: Tensor) -> Tensor:
+        """Images as A sees them: normalised, inside the rings; (N, 3, S, S)."""
+        return self.prompt(self._normalised(images), self.depth)
+
+    def target_logits(self, images: Tensor) -> Tensor:
+        """(N, C, s, s) → A's own logits, not mapped; (N, classes of A)."""
+        return self._core.logits(self._normalised(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: (N, 3, s, s) or (N, 1, s, s), uint8 or float in [0, 1].  One channel is
+                repeated; three channels of a grey task are averaged.
+
+        Returns:
+            logits (N, classes of the task).
+
+        Raises:
+            DataError: another shape or dtype.
+        """
+        return self._core(self._normalised(images))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2:] != (
+            self.side, self.side
+        ):  # fmt: skip
+            raise DataError(
+                f"task {self.name!r} cannot take these images",
+                got=f"shape {tuple(images.shape)}",
+                expected=f"(N, 1, {self.side}, {self.side}) or (N, 3, {self.side}, {self.side})",
+                fix=f"resize them to {self.side} × {self.side}, grey or RGB, and stack them",
+            )
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        if images.dtype == torch.uint8:
+            images = images.to(mean.dtype) / 255
+        elif not images.is_floating_point():
+            raise DataError(
+                f"task {self.name!r} cannot take images of this dtype",
+                got=images.dtype,
+                expected="uint8, or floating point in [0, 1]",
+            )
+        if self.info.channels == 1 and images.shape[1] == 3:
+            images = images.mean(dim=1, keepdim=True)
+        return (images.to(mean.dtype) - mean) / std
+
+
+def _check_statistics(model: nn.Module, task: ArtefactTask) -> None:
+    """Raise ArtefactError unless the task's statistics cover the model's BatchNorm layers."""
+    if task.statistics is None:
+        raise ArtefactError(
+            f"task {task.name!r} has no calibrated BatchNorm statistics",
+            expected="statistics in the prompt file, written by a run with the calibrated policy",
+            fix="serve it with batchnorm='running' or 'batch'",
+        )
+    wanted = {
+        f"{name}.{part}": tuple(layer.running_mean.shape)
+        for name, layer in batchnorm_layers(model).items()
+        for part in ("running_mean", "running_var")
+        if layer.running_mean is not None
+    }
+    found = {name: tuple(value.shape) for name, value in task.statistics.items()}
+    if wanted != found:
+        other = sorted(set(wanted.items()) ^ set(found.items()))
+        raise ArtefactError(
+            f"task {task.name!r}: the BatchNorm statistics do not fit this model",
+            got=f"{len(found)} tensors, e.g. {other[0][0]}", expected=f"{len(wanted)} tensors",
+            fix="use the target's architecture",
+        )  # fmt: skip
