@@ -15,7 +15,13 @@ from torch.nn import functional as F
 from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.errors import ArtefactError, DataError
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate
-from kiop_fast.prompt.artefact import Artefact, ArtefactTask, load_prompt, save_prompt
+from kiop_fast.prompt.artefact import (
+    Artefact,
+    ArtefactTarget,
+    ArtefactTask,
+    load_prompt,
+    save_prompt,
+)
 from kiop_fast.source import Source, freeze
 
 COLOUR = DatasetInfo("letters", 8, 3, tuple("ABCDEF"), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
@@ -48,7 +54,7 @@ def make(target: Source, policy: str = "calibrated", side: int = 8,
             images = noise(40, 3, side, side, seed=9 + depth)
             statistics = calibrate(seen, images, batch=16)
         tasks.append(ArtefactTask(info.name, depth, mapping, statistics, info))
-    facts = {"arch": target.arch, "name": target.name, "sha256": target.sha256, "classes": 6}
+    facts = ArtefactTarget(target.arch, target.name, target.sha256, target.info)
     return Artefact(
         side=side, rings=rings, cells=[c.detach() for c in prompt.cells], tasks=tuple(tasks),
         target=facts, batchnorm=policy, config={"side": side, "prompt": {"rings": list(rings)}},
@@ -109,7 +115,7 @@ def test_cells_are_rounded_on_construction(target: Source) -> None:
     third = Artefact(
         side=8, rings=(9,), cells=[torch.full((3, 17), 1 / 3)],
         tasks=(ArtefactTask("letters", 1, None, None, COLOUR),),
-        target={"arch": "tiny", "name": "t", "sha256": target.sha256, "classes": 6},
+        target=ArtefactTarget("tiny", "t", target.sha256, COLOUR),
         batchnorm="running",
     )  # fmt: skip
     # 1/3 in half precision: 0x3555 = 2^-2 · (1 + 341/1024)
@@ -217,7 +223,7 @@ def test_unknown_task(target: Source) -> None:
         {"rings": (11,)},
         {"batchnorm": "frozen"},
         {"tasks": ()},
-        {"target": {"name": "tiny"}},
+        {"target": ArtefactTarget("tiny", "t", "0" * 64, GREY)},
         {"tasks": (ArtefactTask("digits", 3, MAPPING, None, GREY),)},
         {"tasks": (ArtefactTask("digits", 2, MAPPING[:3], None, GREY),)},
         {"tasks": (ArtefactTask("digits", 2, MAPPING + 1, None, GREY),)},

@@ -24,7 +24,7 @@ from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.errors import ArtefactError, KiopError, unknown_name
 from kiop_fast.prompt.parts import check_parts
 from kiop_fast.prompt.rings import Prompt
-from kiop_fast.prompt.served import ArtefactTask, ServedPrompt
+from kiop_fast.prompt.served import ArtefactTarget, ArtefactTask, ServedPrompt
 from kiop_fast.runtime.files import atomic_write
 from kiop_fast.source import Source
 
@@ -43,7 +43,7 @@ class Artefact:
         rings: canvas side after each ring, pixels.
         cells: one (channels, n_k) fp16 tensor a ring.
         tasks: in the order of training, A's first where it has one.
-        target: facts about model A: arch, name, sha256 of its weights, number of classes.
+        target: model A.
         batchnorm: calibrated | running | batch (SPEC section 7).
         config: the run's settings, nested.
         versions: of the libraries that made it.
@@ -55,7 +55,7 @@ class Artefact:
     rings: tuple[int, ...]
     cells: Sequence[Tensor]
     tasks: tuple[ArtefactTask, ...]
-    target: Mapping[str, Any]
+    target: ArtefactTarget
     batchnorm: str = "calibrated"
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -81,14 +81,6 @@ class Artefact:
             for task in self.tasks
             for value in (task.statistics or {}).values()
         )
-
-    @property
-    def target_classes(self) -> tuple[str, ...]:
-        """Names of A's classes, from its own task; numbers where that is not in the file."""
-        for task in self.tasks:
-            if task.mapping is None:
-                return task.info.classes
-        return tuple(str(k) for k in range(self.target["classes"]))
 
     def task(self, name: str) -> ArtefactTask:
         """A task by its name."""
@@ -119,14 +111,8 @@ class Artefact:
             ArtefactError: the model is not the one the prompt was made for, or the policy needs
                 statistics that are not in the file.
         """
-        facts = self.target
-        names = self.target_classes
-        info = next((task.info for task in self.tasks if task.mapping is None),
-                    DatasetInfo(facts["name"], self.side, 3, names))  # fmt: skip
-        return ServedPrompt(
-            model, self.prompt(), self.tasks, batchnorm or self.batchnorm, name=facts["name"],
-            arch=facts["arch"], info=info, sha256=facts["sha256"] if check else None,
-        )  # fmt: skip
+        policy = batchnorm or self.batchnorm
+        return ServedPrompt(model, self.prompt(), self.tasks, policy, self.target, check=check)
 
 
 def save_prompt(path: str | Path, artefact: Artefact) -> None:
@@ -191,7 +177,7 @@ def _content(artefact: Artefact) -> dict[str, Any]:
         "side": artefact.side,
         "rings": artefact.rings,
         "tasks": tasks,
-        "target": artefact.target,
+        "target": dataclasses.asdict(artefact.target),
         "batchnorm": artefact.batchnorm,
         "config": artefact.config,
         "versions": artefact.versions,
@@ -214,12 +200,13 @@ def _artefact(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Arte
         )
         for i, fact in enumerate(content["tasks"])
     )
+    target = {**content["target"], "info": _info(content["target"]["info"])}
     return Artefact(
         side=content["side"],
         rings=tuple(content["rings"]),
         cells=[tensors[f"ring.{k}"] for k in range(1, len(content["rings"]) + 1)],
         tasks=tasks,
-        target=content["target"],
+        target=ArtefactTarget(**target),
         batchnorm=content["batchnorm"],
         config=content["config"],
         versions=content["versions"],

@@ -29,10 +29,6 @@ def check_parts(artefact: Artefact) -> None:
         raise unknown_name(
             "BatchNorm policy", artefact.batchnorm, BATCHNORM_POLICIES, ArtefactError
         )
-    missing = [k for k in ("arch", "name", "sha256", "classes") if k not in artefact.target]
-    if missing:
-        raise ArtefactError("facts about the target are missing", got=sorted(artefact.target),
-                            expected="arch, name, sha256, classes")  # fmt: skip
     names = [task.name for task in artefact.tasks]
     if not names or len(set(names)) != len(names):
         raise ArtefactError("tasks need names of their own", got=names, expected="different names")
@@ -46,10 +42,10 @@ def _check_task(task: ArtefactTask, artefact: Artefact) -> None:
         raise ArtefactError(f"task {task.name!r}: no such depth", got=task.depth,
                             expected=f"1 … {len(artefact.rings)}")  # fmt: skip
     if task.mapping is None:
-        if classes != artefact.target["classes"]:
+        if classes != artefact.target.classes:
             raise ArtefactError(
                 f"task {task.name!r} has no mapping, but other classes than the target",
-                got=f"{classes} classes, target {artefact.target['classes']}",
+                got=f"{classes} classes, target {artefact.target.classes}",
                 expected="a mapping of one target class for each of the task's classes",
             )
         return
@@ -57,8 +53,8 @@ def _check_task(task: ArtefactTask, artefact: Artefact) -> None:
         raise ArtefactError(f"task {task.name!r}: mapping of the wrong shape",
                             got=tuple(task.mapping.shape), expected=(classes,))  # fmt: skip
     low, high = int(task.mapping.min()), int(task.mapping.max())
-    if low < 0 or high >= artefact.target["classes"]:
+    if low < 0 or high >= artefact.target.classes:
         raise ArtefactError(
             f"task {task.name!r}: the mapping names classes that the target does not have",
-            got=f"{low} … {high}", expected=f"0 … {artefact.target['classes'] - 1}",
+            got=f"{low} … {high}", expected=f"0 … {artefact.target.classes - 1}",
         )  # fmt: skip

@@ -36,6 +36,27 @@ class ArtefactTask:
     info: DatasetInfo
 
 
+@dataclass(frozen=True)
+class ArtefactTarget:
+    """Model A, by its facts and fingerprint; its weights are not in the file.
+
+    Attributes:
+        arch, name: as in :class:`kiop_fast.source.Source`.
+        sha256: over all its parameters and buffers.
+        info: the data it was trained on.
+    """
+
+    arch: str
+    name: str
+    sha256: str
+    info: DatasetInfo
+
+    @property
+    def classes(self) -> int:
+        """How many outputs it has."""
+        return len(self.info.classes)
+
+
 class ServedPrompt:
     """Model A wearing a prompt; :meth:`task` gives a module for each of its jobs.
 
@@ -44,29 +65,34 @@ class ServedPrompt:
         prompt: the rings.
         tasks: the jobs.
         batchnorm: calibrated | running | batch.
-        name, arch, info: facts about A, used where ``model`` is a bare module.
-        sha256: what A's fingerprint must be; None to take any model.
+        target: facts about A.
+        check: compare the model's sha256 with the target's.
 
     Raises:
         ArtefactError: another model, or one without the layers that the statistics name.
     """
 
     def __init__(
-        self, model: Source | nn.Module, prompt: Prompt, tasks: Sequence[ArtefactTask],
-        batchnorm: str, *, name: str, arch: str, info: DatasetInfo, sha256: str | None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Source | nn.Module,
+        prompt: Prompt,
+        tasks: Sequence[ArtefactTask],
+        batchnorm: str,
+        target: ArtefactTarget,
+        *,
+        check: bool = True,
+    ) -> None:
         module = model.model if isinstance(model, Source) else model
         module.eval().requires_grad_(False)
-        if sha256 is not None:
-            found = fingerprint(module)
-            if found != sha256:
-                raise ArtefactError(
-                    "this is not the model that the prompt was made for",
-                    got=f"{type(module).__name__} with sha256 {found[:16]}…",
-                    expected=f"{name} with sha256 {sha256[:16]}…",
-                    fix="load the target's own checkpoint, or pass check=False to try anyway",
-                )
-        self.target = Source(name, arch, module, info, sha256 or "")
+        found = fingerprint(module) if check else target.sha256
+        if found != target.sha256:
+            raise ArtefactError(
+                "this is not the model that the prompt was made for",
+                got=f"{type(module).__name__} with sha256 {found[:16]}…",
+                expected=f"{target.name} with sha256 {target.sha256[:16]}…",
+                fix="load the target's own checkpoint, or pass check=False to try anyway",
+            )
+        self.target = Source(target.name, target.arch, module, target.info, found)
         self.prompt, self.tasks, self.batchnorm = prompt, tuple(tasks), batchnorm
         self.prompt.to(next(module.parameters()).device)
 
