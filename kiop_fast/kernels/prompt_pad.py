@@ -7,12 +7,18 @@ canvas, the border is sigmoid(cells_k) (paper section 4.1; SPEC section 2).
     image   (N, C, s, s)        cells_k (C, n_k), n_k = S_k² - S_{k-1}², row-major over the border
     canvas  (N, C, S_n, S_n)
     d cells_k = sigmoid'(cells_k) · Σ_N d canvas[border_k],   d image = d canvas[interior]
+
+Kernels take the rings' cells side by side, (C, T) with T = Σ n_k = S_n² - s².  Bytes moved, b an
+element: forward N·C·(s² + S_n²)·b and the cells once per IMAGES images (L2); backward reads
+N·C·T·b and writes C·T·b, the interior of the gradient is never read.  The image gradient is a view.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +26,7 @@ from torch.nn import functional as F
 
 from kiop_fast.errors import KernelError
 from kiop_fast.kernels import dispatch
+from kiop_fast.kernels.prompt_pad_triton import empty_canvas, launch_bwd, launch_fwd
 
 
 def ring_padding(s: int, S: int) -> tuple[int, int]:
@@ -55,10 +62,15 @@ def prompt_pad_eager(
         background = image.new_zeros(image.shape[1], side, side)
         for ring, size in zip(cells, sizes, strict=True):
             background = _surround(background, ring.sigmoid().to(dtype), size)
-        left = sum(ring_padding(a, b)[0] for a, b in zip([side, *sizes], sizes, strict=False))
+        left = _offset([side, *sizes])
         right = sizes[-1] - side - left
         image = F.pad(image, (left, right, left, right)) + background
     return image.contiguous(memory_format=torch.channels_last) if channels_last else image
+
+
+def _offset(sides: Sequence[int]) -> int:
+    """Left (= top) edge of the image on the outermost canvas, pixels."""
+    return sum(ring_padding(s, S)[0] for s, S in pairwise(sides))
 
 
 def _surround(inner: Tensor, border: Tensor, size: int) -> Tensor:
@@ -69,6 +81,69 @@ def _surround(inner: Tensor, border: Tensor, size: int) -> Tensor:
     west, east = middle.view(channels, side, size - side).split([left, right], dim=2)
     rows = [top.view(channels, left, size), torch.cat([west, inner, east], dim=2)]
     return torch.cat([*rows, bottom.view(channels, right, size)], dim=1)
+
+
+def _cells_of(canvas: Tensor, sides: Sequence[int]) -> Tensor:
+    """(C, S, S) → (C, T): what stands where each ring's cells are, innermost ring first."""
+    rings = []
+    for s, S in reversed(list(pairwise(sides))):
+        left, _ = ring_padding(s, S)
+        rings.append(canvas.flatten(1)[:, border_index(s, S).to(canvas.device)])
+        canvas = canvas[:, left : left + s, left : left + s]
+    return torch.cat(rings[::-1], dim=1)
+
+
+@torch.library.custom_op("kiop_fast::prompt_pad", mutates_args=())
+def _prompt_pad(
+    image: Tensor, cells: Tensor, sizes: Sequence[int], dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    if dispatch.use_triton("prompt_pad", image, cells):
+        return launch_fwd(image, cells, sizes, dtype, channels_last)
+    sides = [image.shape[-1], *sizes]
+    rings = cells.split([S * S - s * s for s, S in zip(sides, sizes, strict=False)], dim=1)
+    return prompt_pad_eager(image, rings, sizes, dtype=dtype, channels_last=channels_last)
+
+
+@_prompt_pad.register_fake
+def _(image, cells, sizes, dtype, channels_last):  # type: ignore[no-untyped-def]
+    return empty_canvas(image, sizes, dtype, channels_last)
+
+
+@torch.library.custom_op("kiop_fast::prompt_pad_backward", mutates_args=())
+def _prompt_pad_backward(grad: Tensor, cells: Tensor, sides: Sequence[int]) -> Tensor:
+    if dispatch.use_triton("prompt_pad", grad, cells):
+        return launch_bwd(grad, cells, sides)
+    dtype = dispatch.accumulation_dtype(grad, cells)
+    value = cells.to(dtype).sigmoid()
+    border = _cells_of(grad.sum(0, dtype=dtype), sides)
+    return (border * value * (1 - value)).to(cells.dtype)
+
+
+@_prompt_pad_backward.register_fake
+def _(grad, cells, sides):  # type: ignore[no-untyped-def]
+    return torch.empty_like(cells, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    image, cells, sizes, _, _ = inputs
+    ctx.save_for_backward(cells)
+    ctx.sides = (image.shape[-1], *sizes)
+    ctx.image_dtype = image.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (cells,) = ctx.saved_tensors
+    grad_image = grad_cells = None
+    if ctx.needs_input_grad[0]:
+        left, side = _offset(ctx.sides), ctx.sides[0]
+        interior = grad.narrow(2, left, side).narrow(3, left, side)
+        grad_image = interior.to(ctx.image_dtype)
+    if ctx.needs_input_grad[1]:
+        grad_cells = _prompt_pad_backward(grad, cells, ctx.sides)
+    return grad_image, grad_cells, None, None, None
+
+
+_prompt_pad.register_autograd(_backward, setup_context=_setup_context)
 
 
 def prompt_pad(
@@ -95,7 +170,10 @@ def prompt_pad(
         KernelError: shapes, dtypes or devices that do not fit, rings that do not nest.
     """
     _check(image, cells, sizes, dtype)
-    return prompt_pad_eager(image, cells, sizes, dtype=dtype, channels_last=channels_last)
+    if not cells or not dispatch.use_triton("prompt_pad", image, *cells):
+        return prompt_pad_eager(image, cells, sizes, dtype=dtype, channels_last=channels_last)
+    flat = cells[0] if len(cells) == 1 else torch.cat(list(cells), dim=1)
+    return _prompt_pad(image, flat, sizes, dtype or image.dtype, channels_last)
 
 
 def _check(

@@ -1,0 +1,122 @@
+"""Compiles what the launchers would launch, without a GPU.
+
+``python ahead_of_time.py CAPABILITY OPERATION...`` (a process of its own: the Triton cache is
+private and ``dispatch.launch`` is replaced) prints one JSON line a kernel:
+``{"operation", "kernel", "dtype", "capability", "registers", "spills", "shared"}``, the first two
+numbers from ``ptxas -v``.  Launchers are called with meta tensors in the sizes of the paper's
+setting, so exactly the default configurations are compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kiop_fast.kernels import dispatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without storage."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def prompt_pad(dtype: torch.dtype) -> None:
+    from kiop_fast.kernels.prompt_pad_triton import launch_bwd, launch_fwd
+
+    image, cells = meta(64, 3, 32, 32, dtype=dtype), meta(3, 15360)
+    for channels_last in (False, True):
+        launch_fwd(image, cells, [36, 128], dtype, channels_last)
+    launch_bwd(meta(64, 3, 128, 128, dtype=dtype), cells, [32, 36, 128])
+    launch_bwd(meta(64, 3, 224, 224, dtype=dtype), meta(3, 49152), [32, 36, 128, 224])
+
+
+# An operation's launches at one dtype; add yours here.
+OPERATIONS: dict[str, Callable[[torch.dtype], None]] = {
+    "prompt_pad": prompt_pad,
+}
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def record(operation: str, dtype: torch.dtype) -> list[Launch]:
+    """The (kernel, arguments, keywords) an operation would launch."""
+    recorded: list[Launch] = []
+    dispatch.launch = lambda kernel, grid, *args, **kw: recorded.append((kernel, args, kw))
+    OPERATIONS[operation](dtype)
+    return recorded
+
+
+def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
+    """One launch compiled for one architecture, specialised as Triton's own launch would."""
+    kernel, args, keywords = launch
+    options = dispatch.COMPILE_OPTIONS | {
+        k: v for k, v in keywords.items() if k not in kernel.arg_names
+    }
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {k: v for k, v in keywords.items() if k in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
+    registers = re.findall(r"Used (\d+) registers", log.getvalue())
+    if not registers or not spills:
+        raise RuntimeError(f"no ptxas -v report for {kernel.fn.__name__}:\n{log.getvalue()}")
+    return {
+        "kernel": kernel.fn.__name__,
+        "registers": max(map(int, registers)),
+        "spills": sum(map(int, spills)),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def main(capability: int, operations: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache
+        triton.knobs.nvidia.dump_ptxas_log = True
+        for operation in operations or list(OPERATIONS):
+            for dtype_name, dtype in DTYPES.items():
+                for launch in record(operation, dtype):
+                    row = {"operation": operation, "dtype": dtype_name, "capability": capability}
+                    print(json.dumps(row | compile_launch(launch, capability)), flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    main(int(sys.argv[1]), sys.argv[2:])
