@@ -13,14 +13,20 @@ import torch
 from kiop_fast.config import RunConfig, dump_toml, to_dict
 from kiop_fast.deliver.evaluate import task_accuracy
 from kiop_fast.errors import ArtefactError, ConfigError
-from kiop_fast.prompt.artefact import Artefact, ArtefactTask, load_prompt, save_prompt
+from kiop_fast.prompt.artefact import (
+    Artefact,
+    ArtefactTarget,
+    ArtefactTask,
+    load_prompt,
+    save_prompt,
+)
 from kiop_fast.run import Progress, Run
 from kiop_fast.runtime.device import choose_device, use_threads
 from kiop_fast.runtime.files import save_tensors
 from kiop_fast.runtime.run_folder import RunFolder
 from kiop_fast.runtime.versions import versions
 from kiop_fast.source.classifier import with_original_classifier
-from kiop_fast.tasks import Sources
+from kiop_fast.sources import Sources, load_sources
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,8 @@ def train(
     use_threads(config.threads)
     inner = load_inner(config)
     if sources is None:
-        from kiop_fast.source.loading import load_sources
-
-        sources = load_sources(config, inner.rings if inner else (), device, progress)
+        rings = (*(inner.rings if inner else ()), *config.prompt.rings)
+        sources = load_sources(config, rings, device, progress)
     folder = RunFolder(out, dump_toml(config), config.digest(), resume=resume)
     prints = sources.fingerprints()
     run = Run(config, sources, device, folder.scratch("images"), inner)
@@ -121,15 +126,12 @@ def deliver(run: Run, metrics: Mapping[str, Any] | None = None) -> Artefact:
         rings=prompt.rings,
         cells=[cells.detach().cpu() for cells in prompt.cells],
         tasks=tuple(tasks),
-        target={
-            "arch": target.arch, "name": target.name, "sha256": target.sha256,
-            "classes": target.classes,
-        },
+        target=ArtefactTarget(target.arch, target.name, target.sha256, target.info),
         batchnorm=config.prompt.batchnorm,
         config=to_dict(config),
         versions=versions(),
         metrics=dict(metrics or {}),
-    )  # fmt: skip
+    )
 
 
 def accuracies(run: Run) -> dict[str, float]:

@@ -16,26 +16,8 @@ from kiop_fast.engine import Engine
 from kiop_fast.prompt import check_class_counts, disjoint_mappings, random_mapping
 from kiop_fast.runtime import draws
 from kiop_fast.source import Source, batchnorm_layers
+from kiop_fast.sources import Sources
 from kiop_fast.synthesize import generator_channels
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Model A and the models whose knowledge joins it."""
-
-    target: Source
-    providers: tuple[Source, ...]
-
-    def fingerprints(self) -> dict[str, str]:
-        """sha256 by role; roles keep two sources of one name apart."""
-        roles = {"target": self.target}
-        roles.update({f"provider {i + 1}": p for i, p in enumerate(self.providers)})
-        return {role: source.sha256 for role, source in roles.items()}
-
-    def check_unchanged(self) -> None:
-        """Raise SourceError if training touched a source."""
-        for source in (self.target, *self.providers):
-            source.check_unchanged()
 
 
 @dataclass

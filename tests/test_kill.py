@@ -24,7 +24,7 @@ sys.path.insert(0, {tests!r})
 from conftest import random_source
 from test_pipeline import tiny
 from kiop_fast.pipeline import train
-from kiop_fast.tasks import Sources
+from kiop_fast.sources import Sources
 
 config = tiny(epochs=6, synthesis={{"bank_rows": 40}}, evaluation={{"every": 0}})
 sources = Sources(random_source("resnet8", "letters", 16), (random_source("resnet8", "digits", 16),))

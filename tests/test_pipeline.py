@@ -17,7 +17,7 @@ from kiop_fast.pipeline import train
 from kiop_fast.presets import PRESETS, preset
 from kiop_fast.prompt.artefact import load_prompt
 from kiop_fast.source import Source, freeze
-from kiop_fast.tasks import Sources
+from kiop_fast.sources import Sources
 
 Make = Callable[..., Source]
 
