@@ -28,6 +28,25 @@ class TinyNet(nn.Module):
         return self.classify(self.body(x).mean((2, 3)))
 
 
+def wave(*shape: int, pace: float = 1.0, lift: float = 0.0) -> Tensor:
+    """lift + sin(pace · i) for i = 1, 2, …, in the default dtype: numbers no RNG has a part in."""
+    count = torch.Size(shape).numel()
+    return (
+        (lift + torch.sin(pace * torch.arange(1, count + 1).double()))
+        .view(shape)
+        .to(torch.get_default_dtype())
+    )
+
+
+@torch.no_grad()
+def fill_with_waves(module: nn.Module, size: float = 0.5) -> None:
+    """Parameter or buffer k of ``module`` becomes size · sin((0.3 + 0.1 k) i); variances > 0."""
+    for k, (name, value) in enumerate(module.state_dict().items()):
+        if value.is_floating_point():
+            lift = 1.5 if name.endswith("running_var") else 0.0
+            value.copy_(size * wave(*value.shape, pace=0.3 + 0.1 * k, lift=lift))
+
+
 def tiny_source(name: str, classes: int, seed: int, **facts: object) -> Source:
     """A frozen TinyNet with seeded weights and running statistics, in the default dtype."""
     make = torch.Generator().manual_seed(seed)

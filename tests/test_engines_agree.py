@@ -94,7 +94,8 @@ def play(case: Case, parts: Engine, folder: Path) -> dict[str, list[Tensor]]:
     with torch.no_grad():
         for k, cells in enumerate(prompt.cells):
             cells.copy_(torch.sin(torch.arange(cells.numel()) * (0.7 + k)).view_as(cells))
-    trained = copy.deepcopy(providers[0].model).requires_grad_(True)
+    start = tiny_source("a copy of the target", providers[0].classes, 9)
+    trained = copy.deepcopy(start.model).requires_grad_(True)
     core = parts.prompted(target, prompt, 1, batchnorm=case.batchnorm)
     tasks: list[tuple[Any, Any, Any]] = []  # teacher, student's logits, mapping
     if case.mode == "bf":
