@@ -1,0 +1,219 @@
+"""Accuracy on test data.  The only place that reads test splits; nothing here reaches training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kiop_fast.config import BATCHNORM_POLICIES
+from kiop_fast.data import dataset
+from kiop_fast.data.spec import Dataset, DatasetInfo, Split
+from kiop_fast.errors import DataError
+from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
+from kiop_fast.prompt.artefact import Artefact, ArtefactTask
+from kiop_fast.prompt.served import PromptedTask
+from kiop_fast.source import Source
+
+Classifier = Callable[[Tensor], Tensor]
+
+
+@lru_cache(maxsize=16)
+def _read(known: Dataset, side: int) -> Split:
+    return known.test(side)
+
+
+def read_test(info: DatasetInfo, side: int) -> Split:
+    """The test split of ``info``'s data, uint8, cached by dataset and side.
+
+    A run's second task on the same data is called ``digits-2``; it reads ``digits``.
+
+    Raises:
+        DataError: no dataset of that name.
+    """
+    try:
+        known = dataset(info.name)
+    except DataError:
+        base = re.sub(r"-\d+$", "", info.name)
+        if base == info.name:
+            raise
+        known = dataset(base)
+    return _read(known, side)
+
+
+def _batches(split: Split, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
+        yield images.to(device, torch.get_default_dtype()) / 255, labels.to(device)
+
+
+@torch.no_grad()
+def task_accuracy(
+    classify: Classifier,
+    info: DatasetInfo,
+    side: int,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Share of test images whose arg-max is their label.
+
+    Args:
+        classify: images (N, C, side, side) in [0, 1] → logits (N, classes).
+        info: names the data.
+        side: image side, pixels.
+        batch: images a pass; under policy ``batch`` the result depends on it.
+        device: where ``classify`` computes.
+    """
+    device = torch.device(device)
+    split = read_test(info, side)
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    for images, labels in _batches(split, batch, device):
+        right += (classify(images).argmax(dim=1) == labels).sum()
+    return int(right) / len(split.labels)
+
+
+def source_accuracy(source: Source, side: int, batch: int = 256) -> float:
+    """Accuracy of a source model on its own test data, at image side ``side``."""
+    device = next(source.model.parameters()).device
+    return task_accuracy(
+        lambda images: source.model(source.normalise(images)), source.info, side, batch, device
+    )
+
+
+def evaluate(
+    artefact: Artefact,
+    target: Source,
+    providers: Mapping[str, Source],
+    *,
+    batch: int = 256,
+    banks: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Everything a table about a prompt shows, JSON-able.
+
+    Args:
+        artefact: the prompt.
+        target: model A.
+        providers: by task name; without its provider a task has no ceiling and no floor.
+        batch: images a pass.
+        banks: synthetic images (M, C, s, s) uint8 by task name, for the floors.
+
+    Returns:
+        ``batchnorm``: the artefact's policy.  ``tasks``: for each task ``accuracy``; ``ceiling``,
+        the source's own accuracy; ``floor``, the untrained prompt with its mapping counted on
+        the bank; ``oracle``, the trained prompt with the best greedy mapping counted with *test*
+        labels, a bound that no data-free method may use; ``images``; unknown values are None.
+        ``policies``: accuracies by BatchNorm policy and task, those the artefact can be served
+        under.
+    """
+    served = artefact.on(target)
+    tasks: dict[str, dict[str, Any]] = {}
+    for task in artefact.tasks:
+        source = target if task.mapping is None else providers.get(task.name)
+        module = served.task(task.name)
+        logits, labels = _test_logits(module, batch)
+        tasks[task.name] = {
+            "accuracy": _share(_mapped(logits, task.mapping), labels),
+            "ceiling": None if source is None else source_accuracy(source, artefact.side, batch),
+            "floor": _floor(artefact, target, task, source, (banks or {}).get(task.name), batch),
+            "oracle": _oracle_accuracy(logits, labels, task),
+            "images": len(labels),
+        }
+    policies = {artefact.batchnorm: {name: facts["accuracy"] for name, facts in tasks.items()}}
+    for policy in BATCHNORM_POLICIES:
+        able = policy != "calibrated" or all(task.statistics for task in artefact.tasks)
+        if policy not in policies and able:
+            policies[policy] = _accuracies(artefact, target, policy, batch)
+    return {"batchnorm": artefact.batchnorm, "batch": batch, "tasks": tasks, "policies": policies}
+
+
+def _accuracies(artefact: Artefact, target: Source, policy: str, batch: int) -> dict[str, float]:
+    served = artefact.on(target, check=False, batchnorm=policy)
+    return {
+        task.name: task_accuracy(
+            served.task(task.name), task.info, artefact.side, batch, _device(target.model)
+        )
+        for task in artefact.tasks
+    }
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def _test_logits(module: PromptedTask, batch: int) -> tuple[Tensor, Tensor]:
+    """A's unmapped logits and the labels of a task's whole test split, on A's device."""
+    split = read_test(module.info, module.side)
+    parts = [
+        (module.target_logits(images), labels)
+        for images, labels in _batches(split, batch, _device(module))
+    ]
+    logits, labels = zip(*parts, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def _mapped(logits: Tensor, mapping: Tensor | None) -> Tensor:
+    return logits if mapping is None else logits[:, mapping.to(logits.device)]
+
+
+def _share(logits: Tensor, labels: Tensor) -> float:
+    return int((logits.argmax(dim=1) == labels).sum()) / len(labels)
+
+
+def _oracle_accuracy(logits: Tensor, labels: Tensor, task: ArtefactTask) -> float | None:
+    """With the greedy mapping counted on the test labels; never used elsewhere."""
+    if task.mapping is None:
+        return None
+    shape = (logits.shape[1], len(task.info.classes))
+    mapping = frequency_mapping(count_table(logits.argmax(dim=1), labels, shape))
+    return _share(_mapped(logits, mapping), labels)
+
+
+def _floor(
+    artefact: Artefact, target: Source, task: ArtefactTask, source: Source | None,
+    bank: Tensor | None, batch: int,
+) -> float | None:  # fmt: skip
+    needs_bank = artefact.batchnorm == "calibrated" or task.mapping is not None
+    if source is None or (needs_bank and bank is None):
+        return None
+    bare = untrained(artefact, target, task, source, bank)
+    module = bare.on(target, check=False).task(task.name)
+    return task_accuracy(module, task.info, artefact.side, batch, _device(target.model))
+
+
+@torch.no_grad()
+def untrained(
+    artefact: Artefact, target: Source, task: ArtefactTask, source: Source, bank: Tensor | None
+) -> Artefact:
+    """The same artefact before training: zero cells, what it needs counted on the bank.
+
+    Statistics (policy ``calibrated``) are estimated on ``bank`` (M, C, s, s) uint8 seen through
+    the zero prompt; then the frequency mapping is counted under them, with ``source``'s arg-max
+    as the label.
+    """
+    cells = [torch.zeros_like(ring) for ring in artefact.cells]
+    device = _device(target.model)
+    if bank is None:
+        return replace(artefact, cells=cells, tasks=(task,))
+    chunk = artefact.config.get("prompt", {}).get("calibration_batch", 256)
+    images = bank.to(device, torch.get_default_dtype()) / 255
+    if artefact.batchnorm == "calibrated":
+        prompt = Prompt(artefact.side, artefact.rings).to(device)
+        seen = PromptedModel(target, prompt, task.depth)
+        if task.info.channels == 1:
+            images = images.mean(dim=1, keepdim=True)
+        task = replace(task, statistics=calibrate(seen, source.normalise(images), chunk))
+    bare = replace(artefact, cells=cells, tasks=(task,))
+    if task.mapping is None:
+        return bare
+    module = bare.on(target, check=False).task(task.name)
+    ours, theirs = [], []
+    for part in images.chunk(-(-len(images) // chunk)):
+        ours.append(module.target_logits(part).argmax(dim=1))
+        theirs.append(source.model(source.normalise(part)).argmax(dim=1))
+    table = count_table(torch.cat(ours), torch.cat(theirs), (target.classes, source.classes))
+    return replace(bare, tasks=(replace(task, mapping=frequency_mapping(table)),))
