@@ -71,7 +71,7 @@ class Synthesizer:
         self.model.eval()
         load_weights(self.generator, drawn.weights)
         self.generator.train()
-        z = drawn.z.to(next(self.generator.parameters())).requires_grad_()
+        z = drawn.z.to(next(self.generator.parameters()), copy=True).requires_grad_()
         targets = drawn.targets.to(self.device)
         groups: list[dict[str, Any]] = [
             {"params": list(self.generator.parameters())}, {"params": [z]},

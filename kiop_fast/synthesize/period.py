@@ -144,7 +144,7 @@ class Synthesizer:
         config = self.config
         load_weights(self.generator, drawn.weights)
         self.generator.train()
-        z = drawn.z.to(self.mean).requires_grad_()
+        z = drawn.z.to(self.mean, copy=True).requires_grad_()
         targets = drawn.targets.to(self.device)
         optimizer = torch.optim.Adam(
             [*self.generator.parameters(), z], lr=config.lr, betas=(config.beta1, config.beta2)
