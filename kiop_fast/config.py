@@ -170,6 +170,7 @@ class PretrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     noise: float = 0.0  # std of Gaussian noise added to images in [0, 1]
+    adversarial: float = 0.0  # largest L2 length of a one-step attack on images in [0, 1]
     device: str = "auto"
     threads: int = 0
 
@@ -178,7 +179,9 @@ class PretrainConfig:
             value = getattr(self, name)
             _require(value >= 1, f"pretrain {name} is too small", value, "at least 1")
         _require(self.lr > 0, "pretrain lr", self.lr, "a positive rate")
-        _require(self.noise >= 0, "pretrain noise is negative", self.noise, "0 or more")
+        for name in ("noise", "adversarial"):
+            value = getattr(self, name)
+            _require(value >= 0, f"pretrain {name} is negative", value, "0 or more")
 
 
 @dataclass(frozen=True)

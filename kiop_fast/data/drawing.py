@@ -30,6 +30,7 @@ class Look:
     shift: float = 0.08  # fraction of the image side, to either side
     contrast: float = 0.35  # least difference in luminance of ink and paper
     grey: float = 0.3  # share of pictures without colour
+    chalk: bool = False  # light ink on dark paper only
     noise: float = 0.06  # standard deviation of Gaussian pixel noise, drawn from 0 to this
 
 
@@ -86,7 +87,7 @@ def draw(masks: Masks, per_class: int, side: int, rng: np.random.Generator, look
 
 
 def _poses(rng: np.random.Generator, count: int, look: Look) -> tuple[Floats, Floats]:
-    """Inverse pose: a picture's place p in [-1, 1]² shows the mask's place ``matrix @ p + move``."""
+    """Inverse poses: place p of a picture, in [-1, 1]², shows place ``matrix @ p + move``."""
     angle = np.deg2rad(rng.uniform(-look.rotation, look.rotation, count))
     size = rng.uniform(*look.scale, (count, 1))
     size = size * rng.uniform(1 - look.stretch, 1 + look.stretch, (count, 2))
@@ -103,9 +104,11 @@ def _colours(rng: np.random.Generator, count: int, look: Look) -> tuple[Floats, 
     while len(todo):
         drawn = rng.random((len(todo), 2, 3))
         drawn = np.where(grey[todo, None, None], drawn[..., :1], drawn)
+        if look.chalk:
+            drawn[:, 1] *= 0.4
         pairs[todo] = drawn
-        luminance = drawn @ np.array([0.299, 0.587, 0.114])
-        todo = todo[np.abs(luminance[:, 0] - luminance[:, 1]) < look.contrast]
+        difference = (drawn[:, 0] - drawn[:, 1]) @ np.array([0.299, 0.587, 0.114])
+        todo = todo[(difference if look.chalk else np.abs(difference)) < look.contrast]
     return pairs[:, 0, :, None, None], pairs[:, 1, :, None, None]
 
 
@@ -113,7 +116,7 @@ def _posed(
     masks: Masks, variant: NDArray[np.int64], labels: NDArray[np.int64], matrix: Floats,
     move: Floats, side: int,
 ) -> Floats:  # fmt: skip
-    """Coverage of each picture's pixels in [0, 1], (N, side, side): nearest mask pixel, averaged."""
+    """Coverage of each picture's pixels, (N, side, side) in [0, 1], by nearest mask pixels."""
     samples = max(1, -(-64 // side))  # a pixel and axis
     fine = side * samples
     centre = (2 * np.arange(fine) + 1) / fine - 1

@@ -22,7 +22,7 @@ FONTS = (
 )  # fmt: skip
 TRAIN_PER_CLASS = 300
 TEST_PER_CLASS = 40
-LOOK = Look()
+LOOK = Look(rotation=8.0, scale=(0.85, 1.1), shift=0.05, noise=0.05, chalk=True)
 
 INFO = DatasetInfo("letters", side=32, channels=3, classes=tuple(CAPITALS))
 
@@ -50,7 +50,8 @@ def glyph_masks() -> Masks:
         face = FontProperties(fname=str(file))
         for letter in CAPITALS:
             points, codes = text_to_path.get_text_path(face, letter)
-            masks.append(fill(Outline(points, codes).to_polygons()))
+            polygons = Outline(points, codes).to_polygons()
+            masks.append(fill([np.asarray(polygon, np.float64) for polygon in polygons]))
     return np.stack(masks).reshape(len(FONTS), len(CAPITALS), *masks[0].shape)
 
 

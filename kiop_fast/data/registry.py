@@ -11,9 +11,10 @@ from kiop_fast.errors import DataError, unknown_name
 
 BUILT_IN = ("letters", "digits", "shapes")  # need no download
 
-_DATASETS: dict[str, Dataset] = {
+_OURS: dict[str, Dataset] = {
     made.info.name: made for made in (LETTERS, DIGITS, SHAPES, *torchvision_sets.DATASETS)
 }
+_DATASETS = dict(_OURS)
 
 
 def dataset(name: str) -> Dataset:
@@ -31,12 +32,16 @@ def register(new: Dataset) -> Dataset:
     """Make your own dataset known by its name; ``new`` itself.
 
     Raises:
-        DataError: the name is taken by another dataset.
+        DataError: the name belongs to a dataset of this package.
     """
     name = new.info.name
-    if _DATASETS.get(name, new) != new:
-        raise DataError(f"a dataset named {name!r} is there already", got=new.info,
-                        expected="a name of its own", fix="rename it in its DatasetInfo")  # fmt: skip
+    if _OURS.get(name, new) is not new:
+        raise DataError(
+            f"a dataset named {name!r} comes with kiop_fast",
+            got=name,
+            expected=f"none of {', '.join(_OURS)}",
+            fix="give the dataset another name in its DatasetInfo",
+        )
     _DATASETS[name] = new
     return new
 

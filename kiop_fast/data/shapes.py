@@ -10,9 +10,9 @@ from kiop_fast.data.drawing import Floats, Look, Masks, draw, fill
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
 from kiop_fast.runtime import draws
 
-TRAIN_PER_CLASS = 200
+TRAIN_PER_CLASS = 300
 TEST_PER_CLASS = 40
-LOOK = Look(rotation=180.0, noise=0.04)
+LOOK = Look(rotation=180.0, scale=(0.9, 1.15), shift=0.04, noise=0.04)
 
 
 def _circle(radius: float, corners: int = 96, turn: float = 0.0) -> Floats:
@@ -81,7 +81,7 @@ def _read(split: str, side: int) -> Split:
 
 
 def train(side: int) -> Split:
-    """The 2,000 training pictures at ``side``, drawn once a process."""
+    """The 3,000 training pictures at ``side``, drawn once a process."""
     return _read("train", side)
 
 
