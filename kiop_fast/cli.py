@@ -1,0 +1,225 @@
+"""The command line: each command parses, builds a config and makes one call."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+from typer.core import TyperGroup
+
+from kiop_fast.errors import KiopError
+
+_ARGUMENTS = "kiop_fast.arguments"
+
+
+class Commands(TyperGroup):
+    """Errors made on purpose print as one message; Ctrl-C says how to go on."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KiopError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo(_interrupted(ctx.meta[_ARGUMENTS]), err=True)
+            raise typer.Exit(130) from None
+
+
+def _interrupted(arguments: list[str]) -> str:
+    if arguments[:1] != ["train"]:
+        return "\nstopped"
+    again = [*arguments, *(["--resume"] if "--resume" not in arguments else [])]
+    return f"\nstopped; finished epochs are kept. Continue with:\n  kiop-fast {shlex.join(again)}"
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="The knowledge of several trained models in one small image border, without their data.",
+)  # fmt: skip
+
+Overrides = Annotated[list[str] | None, Argument(help="settings, e.g. storing.lr=0.5")]
+Prompt = Annotated[Path, Argument(help="prompt.safetensors, or its run folder")]
+Target = Annotated[str | None, Option(help=r"model A: \[SCHEME:]NAME\[@DATA]\[=PATH]")]
+Providers = Annotated[list[str] | None, Option("--provider", help="model B; repeatable")]
+Device = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:N")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress bars")]
+Json = Annotated[bool, Option("--json", help="print JSON instead of a table")]
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    preset: Annotated[str | None, Option(help="where settings start from (demo)")] = None,
+    config: Annotated[Path | None, Option(help="settings in a TOML file")] = None,
+    target: Target = None,
+    provider: Providers = None,
+    mode: Annotated[str | None, Option(help="bf, b, t, vanilla")] = None,
+    engine: Annotated[str | None, Option(help="fast, reference")] = None,
+    seed: Annotated[int | None, Option()] = None,
+    seeds: Annotated[str | None, Option(help="repeat, e.g. 0,1,2; mean ± std")] = None,
+    epochs: Annotated[int | None, Option()] = None,
+    side: Annotated[int | None, Option(help="image side, pixels")] = None,
+    threads: Annotated[int | None, Option(help="CPU threads")] = None,
+    device: Device = None,
+    out: Annotated[
+        Path | None, Option(help="run folder (runs/PRESET-TARGET-PROVIDER-sSEED)")
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="continue the run in the folder")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a prompt; with no argument, the demo: a letters model learns to read digits."""
+    from kiop_fast import commands as do
+
+    flags = {"target": target, "providers": provider, "mode": mode, "engine": engine, "seed": seed,
+             "epochs": epochs, "side": side, "threads": threads, "device": device}  # fmt: skip
+    chosen = do.train_config(preset, config, flags, overrides or [], resume=out if resume else None)
+    numbers = do.parse_seeds(seeds) if seeds else [chosen.seed]
+    finished = do.train_seeds(chosen, numbers, out, resume=resume, quiet=quiet or as_json)
+    _show_runs(finished, as_json)
+
+
+def _show_runs(finished: list[Any], as_json: bool) -> None:
+    from kiop_fast.deliver import console
+
+    if as_json:
+        typer.echo(json.dumps([run.facts() for run in finished]))
+        return
+    for run in finished:
+        if run.evaluation is not None:
+            _print(console.accuracy_table(run.evaluation))
+        elif run.result.accuracy:
+            _print(console.plain_table(run.result.accuracy))
+        for name, path in (("prompt", run.result.artefact), ("report", run.report)):
+            if path is not None:
+                typer.echo(f"{name}  {path}")
+    if len(finished) > 1:
+        _print(console.seeds_table({run.seed: run.result.accuracy for run in finished}))
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+@app.command()
+def pretrain(
+    overrides: Overrides = None,
+    data: Annotated[str, Option(help="dataset")] = "letters",
+    arch: Annotated[str | None, Option(help="architecture (resnet8)")] = None,
+    side: Annotated[int | None, Option(help="image side, pixels (16)")] = None,
+    seed: Annotated[int | None, Option()] = None,
+    epochs: Annotated[int | None, Option()] = None,
+    device: Device = None,
+    out: Annotated[Path | None, Option(help="file to write (the cache)")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train and save one source model on data that is there."""
+    from kiop_fast import commands as do
+    from kiop_fast.pretrain import pretrain as run
+    from kiop_fast.runtime.progress import make_progress
+
+    flags = {"arch": arch, "side": side, "seed": seed, "epochs": epochs, "device": device}
+    with make_progress(quiet=quiet) as progress:
+        path = run(do.pretrain_config(data, flags, overrides or []), out, progress)
+    typer.echo(path)
+
+
+@app.command()
+def evaluate(
+    prompt: Prompt,
+    target: Target = None,
+    provider: Providers = None,
+    batch: Annotated[int, Option(help="images a forward pass")] = 256,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy of a prompt on its tasks' test data, between floor and ceiling."""
+    from kiop_fast import commands as do
+    from kiop_fast.deliver.console import accuracy_table
+
+    artefact, sources = do.open_prompt(
+        prompt, target=target, providers=provider or None, device=device
+    )
+    folder = prompt if prompt.is_dir() else prompt.parent
+    found = do.evaluate_run(artefact, sources, folder, batch)
+    typer.echo(json.dumps(found)) if as_json else _print(accuracy_table(found))
+
+
+@app.command()
+def predict(
+    prompt: Prompt,
+    files: Annotated[list[Path], Argument(help="image files")],
+    task: Annotated[str | None, Option(help="one task instead of all")] = None,
+    top: Annotated[int, Option(min=1, help="classes a file")] = 3,
+    invert: Annotated[bool, Option("--invert", help="swap dark and light")] = False,
+    target: Target = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Class and probability for image files, by every task."""
+    from dataclasses import asdict
+
+    from kiop_fast import commands as do
+    from kiop_fast.deliver.console import predictions_table
+    from kiop_fast.deliver.predict import predict as run
+
+    served = do.serve(prompt, target=target, device=device)
+    said = run(served, files, task=task, top=top, invert=invert)
+    plain = json.dumps([asdict(one) for one in said], default=str)
+    typer.echo(plain) if as_json else _print(predictions_table(said))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, Argument(help="a run folder")],
+    target: Target = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw a run: prompt, synthetic images, curves, mapping, Grad-CAM, one HTML page."""
+    from kiop_fast import commands as do
+    from kiop_fast.runtime.progress import make_progress
+
+    with make_progress(quiet=quiet) as progress:
+        page = do.report(folder, target=target, device=device, progress=progress)
+    typer.echo(page)
+
+
+@app.command()
+def info(prompt: Prompt) -> None:
+    """What is inside a prompt file."""
+    from kiop_fast.commands import prompt_file
+    from kiop_fast.deliver.console import info_table
+    from kiop_fast.prompt.artefact import load_prompt
+
+    _print(info_table(load_prompt(prompt_file(prompt))))
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, Argument(help="all settings of one preset")] = None,
+) -> None:
+    """The presets and their values, as TOML."""
+    from kiop_fast.commands import presets_text
+
+    typer.echo(presets_text(name), nl=False)
+
+
+def main() -> None:
+    """Entry point of ``kiop-fast``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
