@@ -53,6 +53,7 @@ class PromptConfig:
     disjoint: bool = False  # several providers: mappings share no class of A (upstream)
     batchnorm: str = "calibrated"  # calibrated | batch | running
     calibration_batch: int = 256  # images a forward pass while statistics are estimated
+    calibration_images: int = 10_000  # at most so many, evenly spaced; banks are smaller, real data not
     extend: str = ""  # a prompt file whose rings stay as they are; new rings go around them
 
     def __post_init__(self) -> None:
@@ -61,8 +62,9 @@ class PromptConfig:
         _require(inner_first, "rings must grow outwards", list(self.rings), "increasing sides")
         _choice("prompt.mapping", self.mapping, MAPPINGS)
         _choice("prompt.batchnorm", self.batchnorm, BATCHNORM_POLICIES)
-        _require(self.calibration_batch >= 1, "prompt.calibration_batch", self.calibration_batch,
-                 "at least 1")  # fmt: skip
+        for name in ("calibration_batch", "calibration_images"):
+            value = getattr(self, name)
+            _require(value >= 1, f"prompt.{name} is too small", value, "at least 1")
 
 
 @dataclass(frozen=True)

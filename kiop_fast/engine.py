@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Engine:
-    """The parts in which ``fast`` and ``reference`` differ; both sides have the same signatures."""
+    """The parts in which ``fast`` and ``reference`` differ; both sides have the same signatures.
+
+    ``image_bank(channels, side, device, folder)``: only the reference engine uses the folder.
+    """
 
     name: str
     image_bank: Callable[..., Any]
@@ -41,7 +44,7 @@ def engine(name: str) -> Engine:
 
     return Engine(
         name,
-        synthesize.ImageBank,
+        lambda channels, side, device, folder: synthesize.ImageBank(channels, side, device),
         synthesize.Synthesizer,
         PromptedModel,
         store.core_loss,

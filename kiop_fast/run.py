@@ -173,8 +173,13 @@ class Run:
         return frequency_mapping(table).to(self.device)
 
     def bank_images(self, task: Task) -> Tensor:
-        """A task's whole bank, (M, 3, s, s) normalised with its own statistics."""
-        images = task.bank.images.to(self.device, torch.get_default_dtype()) / 255
+        """A task's bank, (M, 3, s, s) normalised with its own statistics.
+
+        M is at most ``prompt.calibration_images``, evenly spaced over the bank.
+        """
+        most = self.config.prompt.calibration_images
+        images = task.bank.images[:: -(-len(task.bank) // most)]
+        images = images.to(self.device, torch.get_default_dtype()) / 255
         if task.source.info.channels == 1:
             images = images.mean(dim=1, keepdim=True)
         return task.source.normalise(images)

@@ -17,7 +17,7 @@ from kiop_fast.prompt import check_class_counts, disjoint_mappings, random_mappi
 from kiop_fast.runtime import draws
 from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.sources import Sources
-from kiop_fast.synthesize import generator_channels
+from kiop_fast.synthesize import ImageBank, generator_channels
 
 
 @dataclass
@@ -119,7 +119,7 @@ def _task(
 ) -> Task:  # fmt: skip
     if source is sources.target and config.mode == "b":
         real = dataset(source.info.name).train(config.side)
-        bank = engine.image_bank(real.images.shape[1], config.side, device, folder=scratch / name)
+        bank = ImageBank(real.images.shape[1], config.side, device)
         bank.add(real.images, real.labels)
         return Task(name, source, depth, mapping, weight, bank, None)
     batchnorm_layers(source.model)
@@ -130,7 +130,7 @@ def _task(
         bank_rows=min(period.bank_rows, made), seed=config.seed, task=name, device=device,
     )  # fmt: skip
     channels = generator_channels(period, source)
-    bank = engine.image_bank(channels, config.side, device, folder=scratch / name)
+    bank = engine.image_bank(channels, config.side, device, scratch / name)
     return Task(name, source, depth, mapping, weight, bank, synthesizer)
 
 

@@ -60,7 +60,7 @@ def test_two_steps_of_every_preset(
 ) -> None:
     config = preset(name)
     small = {"epochs": 1, "engine": engine, "device": "cpu", "evaluation": {"every": 0},
-             "prompt": {"calibration_batch": 4},
+             "prompt": {"calibration_batch": 4, "calibration_images": 8},
              "synthesis": {"batch": 4, "steps": 2, "width": 4, "latent": 8, "head_width": 8},
              "storing": {"steps": 2, "batch": 4, "batch_real": 4}}  # fmt: skip
     config = override(config, small)
