@@ -19,14 +19,19 @@ import torch
 from torch import Tensor
 
 from kiop_fast.errors import KernelError
+from kiop_fast.kernels import dispatch
+from kiop_fast.kernels.bank_replay_triton import launch
 from kiop_fast.kernels.crop import (
     check_crop,
     check_dtype,
     check_normaliser,
     check_table,
     crop_window,
+    empty_images,
     flipped_columns,
     require_rows,
+    stored,
+    unsupported_result,
 )
 
 
@@ -42,7 +47,22 @@ def bank_replay_eager(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Tensor:
-    """The same in plain torch; geometry happens on bytes, before they become floats."""
+    """The same in plain torch."""
+    return _replay_eager(bank, index, crop, flip, pad, mean, std, dtype, channels_last)
+
+
+def _replay_eager(
+    bank: Tensor,
+    index: Tensor,
+    crop: Tensor | None,
+    flip: Tensor | None,
+    pad: int,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """Crops and flips bytes, which are a quarter of the floats they become."""
     images = bank.index_select(0, index)
     side = bank.shape[-1]
     if crop is not None:
@@ -55,8 +75,29 @@ def bank_replay_eager(
     acc = torch.promote_types(dtype, torch.float32)
     scale = 1 / std.to(acc)[:, None, None]
     shift = mean.to(acc)[:, None, None] * scale
-    result = (images.to(acc) * (scale / 255)).sub_(shift).to(dtype)
-    return result.contiguous(memory_format=torch.channels_last) if channels_last else result
+    return stored((images.to(acc) * (scale / 255)).sub_(shift), dtype, channels_last)
+
+
+@torch.library.custom_op("kiop_fast::bank_replay", mutates_args=())
+def _bank_replay(
+    bank: Tensor,
+    index: Tensor,
+    crop: Tensor | None,
+    flip: Tensor | None,
+    pad: int,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    if dispatch.use_triton("bank_replay", mean, std):
+        return launch(bank, index, crop, flip, pad, mean, std, dtype, channels_last)
+    return _replay_eager(bank, index, crop, flip, pad, mean, std, dtype, channels_last)
+
+
+@_bank_replay.register_fake
+def _(bank, index, crop, flip, pad, mean, std, dtype, channels_last):  # type: ignore[no-untyped-def]
+    return empty_images(bank, index.shape[0], mean.shape[0], dtype, channels_last)
 
 
 def bank_replay(
@@ -97,17 +138,10 @@ def bank_replay(
     mean, std = check_normaliser("bank_replay", bank, mean, std)
     _check(bank, index, dtype)
     check_crop("bank_replay", bank, len(index), crop, flip, pad)
-    return bank_replay_eager(
-        bank,
-        index,
-        crop=crop,
-        flip=flip,
-        pad=pad,
-        mean=mean,
-        std=std,
-        dtype=dtype,
-        channels_last=channels_last,
-    )
+    inputs = (bank, index, crop, flip, pad, mean, std, dtype, channels_last)
+    if dispatch.use_triton("bank_replay", mean, std, unsupported=unsupported_result(dtype)):
+        return _bank_replay(*inputs)
+    return _replay_eager(*inputs)
 
 
 def _check(bank: Tensor, index: Tensor, dtype: torch.dtype) -> None:

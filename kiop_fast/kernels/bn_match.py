@@ -23,7 +23,7 @@ cotangents g, λ and μ of the three outputs, ‖·‖₂ having subgradient 0 a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from kiop_fast.errors import KernelError
 from kiop_fast.kernels import dispatch
+from kiop_fast.kernels.bn_match_triton import dense, empty_results, launch_bwd, launch_fwd
 
 
 class BnMatch(NamedTuple):
@@ -112,18 +113,21 @@ def _backward_eager(
     running_mean: Tensor,
     running_var: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     slopes: Tensor,
     eps: float,
     rows: int,
+    relu: bool,
 ) -> Tensor:
-    """dx; ``output`` is given when a ReLU made it, whose zeros then stop ``grad_output``."""
+    """dx; where a ReLU made ``output``, its zeros stop ``grad_output``."""
     acc = slopes.dtype
     pixels = x.shape[2] * x.shape[3]
     if grad_output is None:
         grad = torch.zeros_like(x, dtype=acc)
     else:
         grad = grad_output.to(acc)
-        if output is not None:
+        if relu:
+            assert output is not None
             grad = torch.ops.aten.threshold_backward(grad, output.to(acc), 0)
         grad = grad * _scale(running_var.to(acc), weight, eps)[:, None, None]
     level = grad.new_zeros(x.shape[:2]) if grad_means is None else grad_means / pixels
@@ -139,21 +143,90 @@ class _Twin(torch.autograd.Function):
     """The eager twin's gradient; torch.compile traces through it."""
 
     @staticmethod
-    def forward(ctx, x, running_mean, running_var, weight, bias, eps, rows, relu):
-        output, loss, image_means, slopes = _forward_eager(
-            x, running_mean, running_var, weight, bias, eps, rows, relu
-        )
-        kept = output if relu else None
-        ctx.save_for_backward(x, kept, running_mean, running_var, weight, slopes)
-        ctx.eps, ctx.rows = eps, rows
-        ctx.set_materialize_grads(False)
-        return output, loss, image_means
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results = _forward_eager(*inputs)
+        _setup_context(ctx, inputs, results)
+        return results[:3]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output, grad_loss, grad_means):
-        cotangents = (grad_output, grad_loss, grad_means)
-        return _backward_eager(*cotangents, *ctx.saved_tensors, ctx.eps, ctx.rows), *[None] * 7
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
+        return _backward_eager(*cotangents, *ctx.saved_tensors, *ctx.numbers), *[None] * 7
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, eps, rows, relu = inputs
+    result, _, _, slopes = output
+    x, *layer = tensors
+    ctx.save_for_backward(x, result if relu else None, *layer, slopes)
+    ctx.numbers = eps, rows, relu
+    ctx.set_materialize_grads(False)
+
+
+@torch.library.custom_op("kiop_fast::bn_match", mutates_args=())
+def _bn_match(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rows: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    forward = (
+        launch_fwd if _use_triton(x, running_mean, running_var, weight, bias) else _forward_eager
+    )
+    return forward(dense(x)[0], running_mean, running_var, weight, bias, eps, rows, relu)
+
+
+@_bn_match.register_fake
+def _(x, running_mean, running_var, weight, bias, eps, rows, relu):  # type: ignore[no-untyped-def]
+    return empty_results(dense(x)[0])
+
+
+@torch.library.custom_op("kiop_fast::bn_match_backward", mutates_args=())
+def _bn_match_backward(
+    grad_output: Tensor | None,
+    grad_loss: Tensor | None,
+    grad_means: Tensor | None,
+    x: Tensor,
+    output: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor,
+    eps: float,
+    rows: int,
+    relu: bool,
+) -> Tensor:
+    x = dense(x)[0]
+    layer = (running_mean, running_var, weight, bias)
+    if _use_triton(x, *layer):  # sees the ReLU's cut in x, which it reads anyway
+        return launch_bwd(grad_output, grad_loss, grad_means, x, *layer, slopes, eps, rows, relu)
+    grad = _backward_eager(
+        grad_output, grad_loss, grad_means, x, output, *layer, slopes, eps, rows, relu
+    )
+    return torch.empty_like(x).copy_(grad)
+
+
+@_bn_match_backward.register_fake
+def _(grad_output, grad_loss, grad_means, x, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(dense(x)[0])
+
+
+def _backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
+    # The last cotangent is that of the slopes, which nobody outside sees.
+    grad = _bn_match_backward(*cotangents[:3], *ctx.saved_tensors, *ctx.numbers)
+    return grad, *[None] * 7
+
+
+_bn_match.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _use_triton(*tensors: Tensor | None) -> bool:
+    return dispatch.use_triton("bn_match", *(t for t in tensors if t is not None))
 
 
 def bn_match(
@@ -187,7 +260,10 @@ def bn_match(
     """
     rows = x.shape[0] if rows is None else rows
     _check(x, running_mean, running_var, weight, bias, eps, rows)
-    return bn_match_eager(x, running_mean, running_var, weight, bias, eps, rows=rows, relu=relu)
+    inputs = (x, running_mean, running_var, weight, bias, eps, rows, relu)
+    if _use_triton(x, running_mean, running_var, weight, bias):
+        return BnMatch(*_bn_match(*inputs)[:3])
+    return BnMatch(*_Twin.apply(*inputs))
 
 
 def _check(

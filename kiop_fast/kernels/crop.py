@@ -31,6 +31,21 @@ def crop_window(images: Tensor, rows: Tensor, columns: Tensor, pad: int) -> Tens
     return framed.gather(2, index.expand(-1, channels, -1)).view_as(images)
 
 
+def empty_images(
+    like: Tensor, count: int, channels: int, dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    """Unwritten (count, channels, s, s) beside (…, s, s) ``like``."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (count, channels, *like.shape[2:])
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+
+
+def stored(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Images in the dtype and layout asked for."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(dtype).contiguous(memory_format=layout)
+
+
 def check_normaliser(
     op: str, images: Tensor, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -99,3 +114,8 @@ def check_dtype(op: str, dtype: torch.dtype | None) -> None:
     """The result's dtype, where asked for, is floating point."""
     if dtype is not None and not dtype.is_floating_point:
         raise KernelError(f"{op}: the result must be floating point", got=dtype)
+
+
+def unsupported_result(dtype: torch.dtype) -> str:
+    """Why a Triton kernel cannot write this dtype; empty if it can."""
+    return "" if dtype in dispatch.KERNEL_DTYPES else f"a result of {dtype}"

@@ -20,6 +20,7 @@ with the cotangent G:  dX = Σ_views Ryᵀ · (G / std) · Rx.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +33,13 @@ from kiop_fast.kernels.crop import (
     check_normaliser,
     check_table,
     crop_window,
+    empty_images,
     flipped_columns,
     require_rows,
+    stored,
+    unsupported_result,
 )
+from kiop_fast.kernels.views_triton import launch_bwd, launch_fwd
 
 
 def views_eager(
@@ -59,8 +64,7 @@ def views_eager(
     ``torch.set_float32_matmul_precision`` applies to the matmuls.
     """
     result = _Twin.apply(images, crop, crop_flip, box, box_flip, pad, mean, std)
-    result = result.to(images.dtype if dtype is None else dtype)
-    return result.contiguous(memory_format=torch.channels_last) if channels_last else result
+    return stored(result, images.dtype if dtype is None else dtype, channels_last)
 
 
 def _matrices(box: Tensor, flip: Tensor, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -103,12 +107,13 @@ def _backward_eager(
     crop_flip: Tensor,
     box: Tensor,
     box_flip: Tensor,
-    pad: int,
     std: Tensor,
+    pad: int,
     channels: int,
 ) -> Tensor:
     """grad (2N, Cout, s, s) → (N, C, s, s); a repeated grey channel gets its copies' sum."""
-    grad = grad / std.to(grad.dtype)[:, None, None]
+    acc = dispatch.accumulation_dtype(grad)
+    grad = grad.to(acc) / std.to(acc)[:, None, None]
     if grad.shape[1] != channels:
         grad = grad.sum(1, keepdim=True)
     wide, narrow = grad.chunk(2)
@@ -127,17 +132,78 @@ class _Twin(torch.autograd.Function):
     """The eager twin's gradient; torch.compile traces through it."""
 
     @staticmethod
-    def forward(ctx, images, crop, crop_flip, box, box_flip, pad, mean, std):
-        ctx.save_for_backward(crop, crop_flip, box, box_flip, std)
-        ctx.pad, ctx.channels, ctx.dtype = pad, images.shape[1], images.dtype
-        return _forward_eager(images, crop, crop_flip, box, box_flip, pad, mean, std)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _setup_context(ctx, inputs, None)
+        return _forward_eager(*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        *geometry, std = ctx.saved_tensors
-        grad = _backward_eager(grad, *geometry, ctx.pad, std, ctx.channels)
-        return grad.to(ctx.dtype), *[None] * 7
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = (*ctx.saved_tensors, ctx.pad, ctx.channels)
+        return _backward_eager(grad, *saved).to(ctx.dtype), *[None] * 7
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    images, crop, crop_flip, box, box_flip, pad, _, std, *_ = inputs
+    ctx.save_for_backward(crop, crop_flip, box, box_flip, std)
+    ctx.pad, ctx.channels, ctx.dtype = pad, images.shape[1], images.dtype
+
+
+@torch.library.custom_op("kiop_fast::views", mutates_args=())
+def _views(
+    images: Tensor,
+    crop: Tensor,
+    crop_flip: Tensor,
+    box: Tensor,
+    box_flip: Tensor,
+    pad: int,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    inputs = (images, crop, crop_flip, box, box_flip, pad, mean, std)
+    if dispatch.use_triton("views", images, mean, std):
+        return launch_fwd(*inputs, dtype, channels_last)
+    result = empty_images(images, 2 * len(images), len(mean), dtype, channels_last)
+    return result.copy_(_forward_eager(*inputs))
+
+
+@_views.register_fake
+def _(images, crop, crop_flip, box, box_flip, pad, mean, std, dtype, channels_last):  # type: ignore[no-untyped-def]
+    return empty_images(images, 2 * images.shape[0], mean.shape[0], dtype, channels_last)
+
+
+@torch.library.custom_op("kiop_fast::views_backward", mutates_args=())
+def _views_backward(
+    grad: Tensor,
+    crop: Tensor,
+    crop_flip: Tensor,
+    box: Tensor,
+    box_flip: Tensor,
+    std: Tensor,
+    pad: int,
+    channels: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    inputs = (grad, crop, crop_flip, box, box_flip, std, pad, channels)
+    if dispatch.use_triton("views", grad, std):
+        return launch_bwd(*inputs, dtype)
+    result = empty_images(grad, len(crop), channels, dtype, False)
+    return result.copy_(_backward_eager(*inputs))
+
+
+@_views_backward.register_fake
+def _(grad, crop, crop_flip, box, box_flip, std, pad, channels, dtype):  # type: ignore[no-untyped-def]
+    return empty_images(grad, crop.shape[0], channels, dtype, False)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad = _views_backward(grad, *ctx.saved_tensors, ctx.pad, ctx.channels, ctx.dtype)
+    return grad, *[None] * 9
+
+
+_views.register_autograd(_backward, setup_context=_setup_context)
 
 
 def views(
@@ -181,10 +247,11 @@ def views(
     check_crop("views", images, len(images), crop, crop_flip, pad)
     _check_box(images, box, box_flip)
     check_dtype("views", dtype)
-    geometry = (crop, crop_flip, box, box_flip)
-    return views_eager(
-        images, *geometry, pad=pad, mean=mean, std=std, dtype=dtype, channels_last=channels_last
-    )
+    inputs = (images, crop, crop_flip, box, box_flip, pad, mean, std)
+    dtype = images.dtype if dtype is None else dtype
+    if dispatch.use_triton("views", images, mean, std, unsupported=unsupported_result(dtype)):
+        return _views(*inputs, dtype, channels_last)
+    return stored(_Twin.apply(*inputs), dtype, channels_last)
 
 
 def _check_box(images: Tensor, box: Tensor, flip: Tensor) -> None:
