@@ -247,9 +247,10 @@ def gradcam_figure(modules: Sequence[PromptedTask], images: Mapping[str, Tensor]
                 continue
             _show(axis, canvas_pixels(prompt, module.depth, given[i]) * 0.85,
                   f"reads “{_short(module.classes[decided[i]], 10)}”", SOFT, 8)  # fmt: skip
-            axis.imshow(maps[i], cmap="inferno", alpha=0.25 + 0.5 * maps[i].numpy(), vmin=0, vmax=1)
-        mean = maps.mean(dim=0)
-        axes[5].imshow(mean / mean.max().clamp(min=1e-12), cmap="inferno", vmin=0, vmax=1)
+            heat = maps[i].numpy()
+            axis.imshow(heat, cmap="inferno", alpha=0.25 + 0.5 * heat, vmin=0, vmax=1)
+        mean = maps.mean(dim=0).numpy()
+        axes[5].imshow(mean / max(mean.max(), 1e-12), cmap="inferno", vmin=0, vmax=1)
         _outline(axes[5], prompt, module.depth)
         axes[5].set_title(f"mean of {len(maps)}", fontsize=8, color=SOFT, pad=4)
         axes[0].set_ylabel(f"{module.name}\n{module.depth} ring{'s' * (module.depth > 1)}",
