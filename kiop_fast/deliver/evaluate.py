@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kiop_fast.config import BATCHNORM_POLICIES
+from kiop_fast.config import BATCHNORM_POLICIES, PromptConfig, from_dict
 from kiop_fast.data import dataset
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
 from kiop_fast.errors import DataError
@@ -199,8 +199,9 @@ def untrained(
     device = _device(target.model)
     if bank is None:
         return replace(artefact, cells=cells, tasks=(task,))
-    chunk = artefact.config.get("prompt", {}).get("calibration_batch", 256)
-    images = bank.to(device, torch.get_default_dtype()) / 255
+    settings = from_dict(PromptConfig, artefact.config.get("prompt", {}))
+    chunk, most = settings.calibration_batch, settings.calibration_images
+    images = bank[:: -(-len(bank) // most)].to(device, torch.get_default_dtype()) / 255
     if artefact.batchnorm == "calibrated":
         prompt = Prompt(artefact.side, artefact.rings).to(device)
         seen = PromptedModel(target, prompt, task.depth)
