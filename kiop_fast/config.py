@@ -54,6 +54,7 @@ class PromptConfig:
     batchnorm: str = "calibrated"  # calibrated | batch | running
     calibration_batch: int = 256  # images a forward pass while statistics are estimated
     calibration_images: int = 10_000  # at most so many, evenly spaced; banks are smaller, real data not
+    dropout: bool = False  # A's dropout layers stay on while training (upstream's VGG)
     extend: str = ""  # a prompt file whose rings stay as they are; new rings go around them
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "upstream": {
         **_PAPER,
-        "prompt": {"batchnorm": "batch", "disjoint": True},
+        "prompt": {"batchnorm": "batch", "disjoint": True, "dropout": True},
         "synthesis": {"normaliser": "provider", "grey": False},
         "evaluation": {"batch": 64},
     },

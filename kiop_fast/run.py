@@ -23,6 +23,7 @@ from kiop_fast.runtime.state import (
     module_tensors,
     optimizer_tensors,
 )
+from kiop_fast.source import DropoutDraws
 from kiop_fast.source.classifier import trainable_copy
 from kiop_fast.store import Term, draw_storing, learning_rate
 from kiop_fast.synthesize import TERMS, draw_synthesis
@@ -79,11 +80,14 @@ class Run:
         deepest = max((task.depth for task in self.tasks), default=0)
         return list(self.prompt.cells)[inner_rings:deepest]
 
-    def prompted(self, task: Task, prompt: Prompt | None = None, **statistics: Any) -> Any:
-        """A seen through the rings of a task."""
+    def prompted(self, task: Task, period: str = "", epoch: int = 0) -> Any:
+        """A seen through the rings of a task; with ``period`` as it is while training."""
+        settings, seed = self.config.prompt, self.config.seed
+        keep = period and settings.dropout
         return self.engine.prompted(
-            self.sources.target, prompt or self.prompt, task.depth, task.mapping,
-            batchnorm=self.config.prompt.batchnorm, **statistics,
+            self.sources.target, self.prompt, task.depth, task.mapping,
+            batchnorm=settings.batchnorm,
+            dropout=DropoutDraws(seed, epoch, f"{task.name}/{period}") if keep else None,
         )  # fmt: skip
 
     @contextmanager
@@ -122,7 +126,7 @@ class Run:
                                     period.calls * period.steps)  # fmt: skip
                 with self._fixed():
                     result = task.synthesizer.synthesize(
-                        drawn, self._student(task), task.mapping, on_step
+                        drawn, self._student(task, epoch, call), task.mapping, on_step
                     )
                 _check_finite(result.losses, TERMS, epoch, task.name)
                 task.bank.add(result.images, result.targets)
@@ -136,10 +140,11 @@ class Run:
             }
         return losses, made
 
-    def _student(self, task: Task) -> Callable[[Tensor], Tensor]:
+    def _student(self, task: Task, epoch: int, call: int) -> Callable[[Tensor], Tensor]:
         if self.student is not None:
             return self.student
-        logits: Callable[[Tensor], Tensor] = self.prompted(task).logits
+        prompted = self.prompted(task, f"synthesize {call}", epoch)
+        logits: Callable[[Tensor], Tensor] = prompted.logits
         return logits
 
     @torch.no_grad()
@@ -154,16 +159,16 @@ class Run:
         for task in self.tasks:
             if task.mapping is None or kind == "random" or (kind == "frequency" and epoch > 0):
                 continue
-            mapping = self.count_mapping(task, self.prompt)
+            mapping = self.count_mapping(task)
             changed[task.name] = int((mapping != task.mapping).sum())
             task.mapping = mapping
         return changed
 
     @torch.no_grad()
-    def count_mapping(self, task: Task, prompt: Prompt | None) -> Tensor:
-        """Frequency mapping of A through ``prompt`` against the provider, on the task's bank."""
+    def count_mapping(self, task: Task) -> Tensor:
+        """Frequency mapping of prompted A against the provider, counted on the task's bank."""
         images = self.bank_images(task)
-        seen = self.prompted(task, prompt)
+        seen = self.prompted(task)
         ours, theirs = [], []
         for part in images.chunk(-(-len(images) // self.config.prompt.calibration_batch)):
             ours.append(seen.logits(part).argmax(dim=1))
@@ -205,7 +210,7 @@ class Run:
         }  # fmt: skip
         stage = f"epoch {epoch + 1}/{self.config.epochs}  store"
         on_step = _reporter(progress, stage, 0, config.steps)
-        log = self.engine.store(self._terms(), drawn, self.optimizer, config.steps, on_step)
+        log = self.engine.store(self._terms(epoch), drawn, self.optimizer, config.steps, on_step)
         names = [task.name for task in self.tasks]
         _check_finite(log[:, : len(names)], [f"{name}.kl" for name in names], epoch, "storing")
         mean = log.mean(dim=0).tolist()
@@ -213,18 +218,19 @@ class Run:
         agreement = {name: mean[len(names) + i] for i, name in enumerate(names)}
         return losses, agreement
 
-    def _terms(self) -> list[Term]:
+    def _terms(self, epoch: int) -> list[Term]:
         config, engine = self.config.storing, self.engine
         terms = []
         for task in self.tasks:
+            seen = None if self.student is not None else self.prompted(task, "store", epoch)
             if self.student is not None:
                 loss = engine.vanilla_loss(self.student, task.source, config.temperature)
             elif task.mapping is None:
-                loss = engine.core_loss(self.prompted(task), config.temperature,
-                                        config.target_of_a)  # fmt: skip
+                loss = engine.core_loss(seen, config.temperature, config.target_of_a)
             else:
-                loss = engine.provider_loss(self.prompted(task), task.source, config.temperature,
-                                            config.target_of_b)  # fmt: skip
+                loss = engine.provider_loss(
+                    seen, task.source, config.temperature, config.target_of_b
+                )
             grey = task.source.info.channels == 1
             terms.append(Term(task.name, task.weight, task.bank, task.source, grey, loss))
         return terms

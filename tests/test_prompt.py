@@ -22,7 +22,7 @@ from kiop_fast.prompt import (
     random_mapping,
 )
 from kiop_fast.runtime import draws
-from kiop_fast.source import Source, batch_statistics, freeze
+from kiop_fast.source import DropoutDraws, Source, batch_statistics, freeze
 
 Make = Callable[..., Source]
 
@@ -167,3 +167,18 @@ def test_calibrated_statistics_are_used(make_source: Make) -> None:
     torch.testing.assert_close(calibrated, batch, rtol=1e-4, atol=1e-4)
     assert (calibrated - running).abs().max() > 1e-2
     source.check_unchanged()
+
+
+def test_dropout_that_stays_on_drops_by_its_draw() -> None:
+    """Kept values are scaled by 1/(1-p); a name gives the same mask, another name another."""
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.25)).eval()
+    ones = torch.ones(8, 3, 16, 16)
+    with DropoutDraws(0, 1, "digits").active(model, "plain"):
+        first, second = model(ones), model(ones)
+    with DropoutDraws(0, 1, "digits").active(model, "plain"):
+        assert torch.equal(model(ones), first)
+    assert set(first.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert not torch.equal(first, second)
+    # 6,144 draws: the share dropped is within five standard deviations of p.
+    assert abs(first.eq(0).double().mean().item() - 0.25) < 5 * (0.25 * 0.75 / 6144) ** 0.5
+    assert torch.equal(model(ones), ones.flatten(1)), "off again outside"

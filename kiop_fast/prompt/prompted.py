@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.func import functional_call
 
 from kiop_fast.errors import MappingError
 from kiop_fast.prompt.rings import Prompt
-from kiop_fast.source import Source, batch_statistics, batchnorm_layers
+from kiop_fast.source import DropoutDraws, Source, batch_statistics, batchnorm_layers
 
 
 class PromptedModel:
@@ -27,6 +28,7 @@ class PromptedModel:
         batchnorm: ``batch`` uses each batch's statistics, ``running`` A's own, ``calibrated``
             the given ``statistics``.
         statistics: running mean and variance by buffer name, from :func:`calibrate`.
+        dropout: masks for A's dropout layers, which then stay on (upstream); None: off.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class PromptedModel:
         *,
         batchnorm: str = "batch",
         statistics: Mapping[str, Tensor] | None = None,
+        dropout: DropoutDraws | None = None,
     ) -> None:
         self.target, self.prompt, self.depth = target, prompt, depth
         self.mapping, self.batchnorm, self.statistics = mapping, batchnorm, statistics
+        self.dropout = dropout
         if mapping is not None and (int(mapping.min()) < 0 or int(mapping.max()) >= target.classes):
             raise MappingError(
                 "the mapping names classes that the target does not have",
@@ -50,9 +54,20 @@ class PromptedModel:
 
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, s, s) normalised → A's unmapped logits (N, classes of A)."""
-        return frozen_logits(
-            self.target, self.prompt(images, self.depth), self.batchnorm, self.statistics
-        )
+        return self._logits(self.seen(images), "prompted")
+
+    def seen(self, images: Tensor) -> Tensor:
+        """(N, 3, s, s) → the canvas that A sees, (N, 3, S_depth, S_depth)."""
+        return self.prompt(images, self.depth)
+
+    def plain_logits(self, images: Tensor) -> Tensor:
+        """(N, 3, s, s) normalised → A's logits without the prompt, under the same policy."""
+        return self._logits(images, "plain")
+
+    def _logits(self, images: Tensor, role: str) -> Tensor:
+        model = self.target.model
+        with nullcontext() if self.dropout is None else self.dropout.active(model, role):
+            return frozen_logits(self.target, images, self.batchnorm, self.statistics)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, s, s) normalised → logits of the task's classes."""

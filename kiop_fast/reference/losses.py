@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kiop_fast.prompt import PromptedModel, frozen_logits
+from kiop_fast.prompt import PromptedModel
 from kiop_fast.reference.networks import Head
 from kiop_fast.source import Source
 
@@ -82,7 +82,7 @@ def core_loss(
 
     def loss(images: Tensor) -> Distilled:
         seen = prompted.logits(images)
-        plain = frozen_logits(prompted.target, images, prompted.batchnorm)
+        plain = prompted.plain_logits(images)
         if target_side == "prompted":
             return _distilled(plain, seen, temperature)
         return _distilled(seen, plain, temperature)

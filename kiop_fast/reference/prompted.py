@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kiop_fast.prompt import Prompt, PromptedModel, frozen_logits
+from kiop_fast.prompt import Prompt, PromptedModel
 
 
 def pad_through(prompt: Prompt, images: Tensor, depth: int) -> Tensor:
@@ -45,7 +45,6 @@ def _mask(
 class ReferencePromptedModel(PromptedModel):
     """:class:`~kiop_fast.prompt.PromptedModel` without a kernel; the same arguments."""
 
-    def logits(self, images: Tensor) -> Tensor:
-        """(N, 3, s, s) normalised → A's unmapped logits (N, classes of A)."""
-        seen = pad_through(self.prompt, images, self.depth)
-        return frozen_logits(self.target, seen, self.batchnorm, self.statistics)
+    def seen(self, images: Tensor) -> Tensor:
+        """(N, 3, s, s) → the canvas that A sees, (N, 3, S_depth, S_depth)."""
+        return pad_through(self.prompt, images, self.depth)

@@ -2,12 +2,14 @@
 
 from kiop_fast.source.batchnorm import BatchNormTaps, batch_statistics, batchnorm_layers
 from kiop_fast.source.checkpoint import cache_folder, load_source, save_source
+from kiop_fast.source.dropout import DropoutDraws
 from kiop_fast.source.frozen import Source, fingerprint, freeze
 from kiop_fast.source.spec import SourceSpec, parse_source
 from kiop_fast.source.zoo import build, names
 
 __all__ = [
     "BatchNormTaps",
+    "DropoutDraws",
     "Source",
     "SourceSpec",
     "batch_statistics",

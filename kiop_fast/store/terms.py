@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kiop_fast.kernels import MappedKL, mapped_kl
-from kiop_fast.prompt import PromptedModel, frozen_logits
+from kiop_fast.prompt import PromptedModel
 from kiop_fast.source import Source
 
 
@@ -54,7 +54,7 @@ def core_loss(
 
     def loss(images: Tensor) -> MappedKL:
         with torch.no_grad():
-            plain = frozen_logits(prompted.target, images, prompted.batchnorm)
+            plain = prompted.plain_logits(images)
         seen = prompted.logits(images)
         if target_side == "prompted":
             return mapped_kl(plain, seen, None, temperature)
