@@ -134,6 +134,7 @@ class StoringConfig:
     pad: int = 0  # random crop from a frame padded by so many pixels
     flip: float = 0.0  # probability of a horizontal flip
     augment_as_dataset: bool = True  # cifar data: pad 4 and flip 0.5 instead of the two above
+    shuffle_colours: bool = False  # permute the channels of every colour image at random
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "batch_real"):

@@ -11,12 +11,18 @@ import torch
 from stand_ins import tiny_source, wave
 from torch import Tensor, nn
 
-from kiop_fast import reference, store
+from kiop_fast import reference
 from kiop_fast.config import StoringConfig
 from kiop_fast.engine import engine
-from kiop_fast.prompt import Prompt
+from kiop_fast.prompt import Prompt, frozen_logits
 from kiop_fast.source import Source, fingerprint
-from kiop_fast.store import StoringDraws, Term, draw_storing, learning_rate
+from kiop_fast.store import (
+    StoringDraws,
+    Term,
+    draw_storing,
+    in_drawn_colours,
+    learning_rate,
+)
 
 CPU = torch.device("cpu")
 ROOMS = pytest.mark.parametrize("room", ["fast", "reference"])
@@ -29,7 +35,7 @@ def pictures(count: int, channels: int = 3) -> Tensor:
 
 def filled_bank(room: str, images: Tensor) -> Any:
     more = {"workers": 0} if room == "reference" else {}
-    bank = engine(room).image_bank(images.shape[1], 8, CPU, **more)
+    bank = engine(room).image_bank(images.shape[1], 8, CPU, None, **more)
     bank.add(images, torch.zeros(len(images), dtype=torch.int64))
     return bank
 
@@ -226,9 +232,9 @@ def test_the_core_learns_through_the_targets_side(room: str) -> None:
     for side in ("prompted", "plain"):
         loss = parts.core_loss(core, 1.0, side)(images).loss
         (found[side],) = torch.autograd.grad(loss, [prompt.cells[0]])
-        seen, plain = core.logits(images).log_softmax(1), None
+        seen = core.logits(images).log_softmax(1)
         with torch.no_grad():
-            plain = store.terms.frozen_logits(target, images, "batch").log_softmax(1)
+            plain = frozen_logits(target, images, "batch").log_softmax(1)
         p, q = (seen, plain) if side == "prompted" else (plain, seen)
         formula = (p.exp() * (p - q)).sum(1).mean()
         torch.testing.assert_close(loss, formula)
@@ -263,3 +269,10 @@ def test_real_images_pass_through_the_reference_loader(monkeypatch: pytest.Monke
     from_files = Term("p", 1.0, filled_bank("reference", images), source, False, never)
     ours, theirs = (batches("reference", term, drawn) for term in (from_tensor, from_files))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_colours_are_permuted_by_the_draw() -> None:
+    images = torch.arange(2 * 3).view(2, 3, 1, 1).float()
+    orders = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    assert in_drawn_colours(images, orders).flatten(1).tolist() == [[2, 0, 1], [4, 5, 3]]
+    assert torch.equal(in_drawn_colours(images, None), images)

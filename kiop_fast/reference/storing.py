@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as transforms
 
 from kiop_fast.reference.banks import WORKERS, ImageBank, to_pil
-from kiop_fast.store import StoringDraws, Term
+from kiop_fast.store import StoringDraws, Term, in_drawn_colours
 
 Key = tuple[int, int, int, bool]  # row of the bank, top and left of the crop, flip
 
@@ -66,9 +66,10 @@ def _batches(term: Term, drawn: StoringDraws) -> Iterator[Tensor]:
             stored, batch_sampler=keys[first : first + once], num_workers=workers,
             pin_memory=device.type == "cuda",
         )  # fmt: skip
-        for batch in loader:
+        for step, batch in enumerate(loader, start=first):
             batch = batch.to(device, non_blocking=True)
-            yield _averaged(batch) if term.average_grey else batch
+            orders = None if drawn.colours is None else drawn.colours[step]
+            yield in_drawn_colours(_averaged(batch) if term.average_grey else batch, orders)
 
 
 def _keys(drawn: StoringDraws, step: int) -> list[Key]:

@@ -49,6 +49,11 @@ def flips(rng: np.random.Generator, shape: tuple[int, ...], probability: float) 
     return torch.from_numpy(rng.random(shape) < probability)
 
 
+def channel_orders(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Uniform orders of three channels, (*shape, 3) int64."""
+    return torch.from_numpy(rng.random((*shape, 3)).argsort(axis=-1))
+
+
 def resized_crop_boxes(
     rng: np.random.Generator,
     shape: tuple[int, ...],

@@ -1,6 +1,12 @@
 """The knowledge storing period: the transfer loss moves the prompt's cells."""
 
-from kiop_fast.store.period import StoringDraws, draw_storing, learning_rate, store
+from kiop_fast.store.period import (
+    StoringDraws,
+    draw_storing,
+    in_drawn_colours,
+    learning_rate,
+    store,
+)
 from kiop_fast.store.terms import Bank, Term, core_loss, provider_loss, vanilla_loss
 
 __all__ = [
@@ -9,6 +15,7 @@ __all__ = [
     "Term",
     "core_loss",
     "draw_storing",
+    "in_drawn_colours",
     "learning_rate",
     "provider_loss",
     "store",

@@ -18,19 +18,21 @@ from kiop_fast.store.terms import Term
 
 @dataclass(frozen=True)
 class StoringDraws:
-    """Batch indices, crops and flips of one period and bank.
+    """Batch indices, crops, flips and colour orders of one period and bank.
 
     Attributes:
         index: (steps, N) int64 into the bank.
         pad: zero padding the crops refer to, pixels.
         crop: (steps, N, 2) int64 top and left in the padded frame, or None.
         flip: (steps, N) bool, or None.
+        colours: (steps, N, 3) int64 orders of the normalised channels, or None.
     """
 
     index: Tensor
     pad: int
     crop: Tensor | None
     flip: Tensor | None
+    colours: Tensor | None = None
 
 
 def draw_storing(
@@ -49,7 +51,20 @@ def draw_storing(
         pad=pad,
         crop=draws.crop_offsets(augment, shape, pad) if pad else None,
         flip=draws.flips(augment, shape, flip) if flip else None,
+        colours=(
+            draws.channel_orders(draws.generator(seed, epoch, task, "bank colours"), shape)
+            if config.shuffle_colours and info.channels == 3
+            else None
+        ),
     )
+
+
+def in_drawn_colours(batch: Tensor, orders: Tensor | None) -> Tensor:
+    """(N, 3, s, s) with each image's channels in its drawn order, (N, 3)."""
+    if orders is None:
+        return batch
+    rows = torch.arange(len(batch), device=batch.device)[:, None]
+    return batch[rows, orders.to(batch.device)]
 
 
 def learning_rate(config: StoringConfig, epoch: int, epochs: int) -> float:
@@ -120,4 +135,4 @@ class _Replay:
         )
         if self.term.average_grey:
             batch = batch.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-        return batch
+        return in_drawn_colours(batch, None if drawn.colours is None else drawn.colours[step])
