@@ -408,6 +408,9 @@ class TestReport:
         bank = read_banks(run)["own-greys"]
         rows = [row for row in range(40) if row % 20 % 4 == 2]
         assert torch.equal(bank.examples(2, 3), BANKS["own-greys"][rows[::-1][:3]])
+        first = [max(row for row in range(40) if row % 20 % 4 == k) for k in (0, 1, 2, 3)]
+        assert torch.equal(bank.spread(5, 4)[:4], BANKS["own-greys"][first])
+        assert len(bank.spread(5, 4)) == 5
 
 
 class TestProgress:

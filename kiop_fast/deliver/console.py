@@ -31,9 +31,11 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
     policies = evaluation["policies"]
     others = [name for name in policies if name != evaluation["batchnorm"]]
     table = _table(
-        "task", "accuracy", "own model", "untrained prompt", "gain", "test-label mapping",
-        *(f"policy {name}" for name in others),
-        caption=f"real test images, last epoch, BatchNorm policy {evaluation['batchnorm']}",
+        "task", "accuracy", "ceiling", "floor", "gain", "oracle", *others,
+        caption=f"Real test images, last epoch, BatchNorm policy {evaluation['batchnorm']}"
+        + (f"; beside it {' and '.join(others)}" if others else "")
+        + ". Ceiling: the source model itself. Floor: the untrained prompt, its mapping counted "
+        "without data. Oracle: the mapping counted with test labels.",
     )  # fmt: skip
     for name, facts in evaluation["tasks"].items():
         accuracy, floor = facts["accuracy"], facts["floor"]

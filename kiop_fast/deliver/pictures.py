@@ -233,7 +233,7 @@ def gradcam_figure(modules: Sequence[PromptedTask], images: Mapping[str, Tensor]
         modules: served tasks.
         images: (N, C, s, s) uint8 by task; the first five are shown, all enter the mean.
     """
-    figure = new_figure(9.2, 1.75 * len(modules) + 0.2)
+    figure = new_figure(9.2, 1.5 * len(modules) + 0.1)
     grid = figure.subplots(len(modules), 7, squeeze=False, width_ratios=[1] * 6 + [1.5])
     for row, (axes, module) in enumerate(zip(grid, modules, strict=True)):
         given, prompt = images[module.name], module.prompt

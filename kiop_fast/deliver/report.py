@@ -16,7 +16,7 @@ from kiop_fast.runtime.files import atomic_write
 from kiop_fast.runtime.progress import Progress
 from kiop_fast.source import Source
 
-_SALIENCY_IMAGES = 64  # newest synthetic images a task in the mean saliency map
+_SALIENCY_IMAGES = 64  # synthetic images a task in the mean saliency map
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -122,7 +122,9 @@ def _wanted(data: RunData, target: Source | None) -> Iterator[_Wanted]:
         served = artefact.on(target)
         modules = [served.task(name) for name in served.names if name in banks]
         if modules:
-            images = {m.name: banks[m.name].images[-_SALIENCY_IMAGES:].flip(0) for m in modules}
+            images = {
+                m.name: banks[m.name].spread(_SALIENCY_IMAGES, len(m.classes)) for m in modules
+            }
             yield (
                 "gradcam", "Where the model looks",
                 "Grad-CAM of the frozen model through core and periphery: bright places decide. "

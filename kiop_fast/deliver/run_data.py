@@ -35,6 +35,13 @@ class BankImages:
         rows = (self.targets == label).nonzero().view(-1)
         return self.images[rows[-count:].flip(0)]
 
+    def spread(self, count: int, classes: int) -> Tensor:
+        """Up to ``count`` images, the newest of every class, then the second newest, …"""
+        each = [self.examples(label, -(-count // classes)) for label in range(classes)]
+        rounds = range(max(len(images) for images in each))
+        turns = [images[i] for i in rounds for images in each if i < len(images)]
+        return torch.stack(turns[:count])
+
 
 @dataclass(frozen=True)
 class RunData:
