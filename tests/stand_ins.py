@@ -12,7 +12,7 @@ from kiop_fast.source import Source, freeze
 class TinyNet(nn.Module):
     """Two convolutions with BatchNorm, a pool and a classifier; any image side."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False),
@@ -22,10 +22,11 @@ class TinyNet(nn.Module):
             nn.BatchNorm2d(9),
             nn.ReLU(inplace=True),
         )
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
         self.classify = nn.Linear(9, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.body(x).mean((2, 3)))
+        return self.classify(self.drop(self.body(x).mean((2, 3))))
 
 
 def wave(*shape: int, pace: float = 1.0, lift: float = 0.0) -> Tensor:
@@ -47,10 +48,12 @@ def fill_with_waves(module: nn.Module, size: float = 0.5) -> None:
             value.copy_(size * wave(*value.shape, pace=0.3 + 0.1 * k, lift=lift))
 
 
-def tiny_source(name: str, classes: int, seed: int, **facts: object) -> Source:
+def tiny_source(
+    name: str, classes: int, seed: int, dropout: float = 0.0, **facts: object
+) -> Source:
     """A frozen TinyNet with seeded weights and running statistics, in the default dtype."""
     make = torch.Generator().manual_seed(seed)
-    model = TinyNet(classes)
+    model = TinyNet(classes, dropout)
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if not value.is_floating_point():

@@ -17,6 +17,7 @@ from kiop_fast.config import StoringConfig, SynthesisConfig
 from kiop_fast.engine import Engine, engine
 from kiop_fast.prompt import Prompt, random_mapping
 from kiop_fast.runtime import draws
+from kiop_fast.source import DropoutDraws
 from kiop_fast.store import Term, draw_storing
 from kiop_fast.synthesize import draw_synthesis, generator_channels
 
@@ -42,6 +43,7 @@ class Case:
     batchnorm: str = "batch"
     bank_rows: int = 100
     channels: int = 3  # of every provider
+    dropout: float = 0.0  # of the target, left on
     synthesis: dict[str, Any] = dataclasses.field(default_factory=dict)
     storing: dict[str, Any] = dataclasses.field(default_factory=dict)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -73,6 +75,8 @@ CASES = {
         storing={"target_of_a": "plain", "target_of_b": "prompted", "temperature": 2.0}
     ),
     "one ring, provider's term only": Case(mode="t", rings=(13,)),
+    "colours permuted": Case(storing={"shuffle_colours": True}, epochs=2),
+    "dropout left on": Case(dropout=0.4, epochs=2),
     "vanilla": Case(mode="vanilla", epochs=2, storing={"lr": 0.05}),
 }
 
@@ -82,7 +86,7 @@ def play(case: Case, parts: Engine, folder: Path) -> dict[str, list[Tensor]]:
     grey = {"mean": (0.2, 0.2, 0.2), "std": (0.3, 0.3, 0.3)}
     colour = {"mean": (0.5, 0.4, 0.45), "std": (0.25, 0.3, 0.2)}
     facts = {"channels": case.channels, **(grey if case.channels == 1 else colour), **case.facts}
-    target = tiny_source("target", 7, 1, **colour)
+    target = tiny_source("target", 7, 1, case.dropout, **colour)
     providers = [tiny_source(f"p{k}", 4 + k, 2 + k, **facts) for k in range(case.providers)]
     given = [source.sha256 for source in (target, *providers)]
     synthesis = SynthesisConfig(
@@ -96,7 +100,14 @@ def play(case: Case, parts: Engine, folder: Path) -> dict[str, list[Tensor]]:
             cells.copy_(torch.sin(torch.arange(cells.numel()) * (0.7 + k)).view_as(cells))
     start = tiny_source("a copy of the target", providers[0].classes, 9)
     trained = copy.deepcopy(start.model).requires_grad_(True)
-    core = parts.prompted(target, prompt, 1, batchnorm=case.batchnorm)
+
+    def prompted(depth: int, task: str, mapping: Tensor | None = None) -> Any:
+        dropout = DropoutDraws(SEED, 0, task) if case.dropout else None
+        return parts.prompted(
+            target, prompt, depth, mapping, batchnorm=case.batchnorm, dropout=dropout
+        )
+
+    core = prompted(1, "target")
     tasks: list[tuple[Any, Any, Any]] = []  # teacher, student's logits, mapping
     if case.mode == "bf":
         tasks.append((target, core.logits, None))
@@ -106,10 +117,7 @@ def play(case: Case, parts: Engine, folder: Path) -> dict[str, list[Tensor]]:
             draws.generator(SEED, 0, provider.name, "mapping"), 7, provider.classes
         )
         depth = 1 if case.mode == "t" else k + 2
-        seen.append(
-            parts.prompted(target, prompt, min(depth, len(case.rings)), mapping,
-                           batchnorm=case.batchnorm)
-        )  # fmt: skip
+        seen.append(prompted(min(depth, len(case.rings)), provider.name, mapping))
         if case.mode == "vanilla":
             tasks.append((provider, trained, None))
         else:
@@ -142,8 +150,8 @@ def play(case: Case, parts: Engine, folder: Path) -> dict[str, list[Tensor]]:
             seed=SEED, task=teacher.name, device=CPU,
         )  # fmt: skip
         channels = generator_channels(synthesis, teacher)
-        more = {"folder": folder / teacher.name, "workers": 0} if parts.name == "reference" else {}
-        banks[teacher.name] = parts.image_bank(channels, SIDE, CPU, **more)
+        more = {"workers": 0} if parts.name == "reference" else {}
+        banks[teacher.name] = parts.image_bank(channels, SIDE, CPU, folder / teacher.name, **more)
     for epoch in range(case.epochs):
         for teacher, student, mapping in tasks:
             system, bank = made[teacher.name], banks[teacher.name]

@@ -177,7 +177,7 @@ def test_feature_bank_is_a_ring(room: str, capacity: int, batches: list[int]) ->
 
 @ROOMS
 def test_image_bank_keeps_order(room: str) -> None:
-    bank = engine(room).image_bank(3, 8, CPU)
+    bank = engine(room).image_bank(3, 8, CPU, None)
     assert len(bank) == 0
     assert bank.images.shape == (0, 3, 8, 8)
     pictures = (torch.arange(5 * 192) * 31 % 256).view(5, 3, 8, 8).to(torch.uint8)
