@@ -9,17 +9,22 @@ w_i = 1, or with ``only_agreeing`` 1[argmax target_i = argmax mapped logits_i], 
 -L_adv of contrastive model inversion (SPEC section 4).  p_ij = 0 contributes 0 whatever q_ij is.
 
     logits (N, Ka)   target_logits (N, Kb)   mapping (Kb,) int64   loss ()   agreement () int64
+
+Bytes moved, b an element: forward N·(Ka + Kb)·b read, six fp32 a row written; backward reads both
+again and writes each gradient that is asked for, already times the loss's own cotangent (a loss
+scale therefore arrives before the rounding to half precision).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kiop_fast.errors import KernelError
 from kiop_fast.kernels import dispatch
+from kiop_fast.kernels.mapped_kl_triton import MAX_CLASSES, launch_bwd, launch_fwd
 
 
 class MappedKL(NamedTuple):
@@ -47,8 +52,121 @@ def mapped_kl_eager(
     # Selecting before multiplying keeps 0 · (-inf) out of the value and of both gradients.
     rows = (p * torch.where(p > 0, log_p - log_q, 0)).sum(1)
     if only_agreeing:
-        rows = torch.where(agrees, rows, 0)
+        rows = torch.where(agrees | rows.isnan(), rows, 0)
     return MappedKL(rows.sum() * (temperature**2 / len(rows)), agrees.sum())
+
+
+def _use_triton(logits: Tensor, target: Tensor) -> bool:
+    classes = max(logits.shape[1], target.shape[1])
+    unsupported = f"{classes} classes; at most {MAX_CLASSES}" if classes > MAX_CLASSES else ""
+    return dispatch.use_triton("mapped_kl", logits, target, unsupported=unsupported)
+
+
+def _log_softmax(x: Tensor, dtype: torch.dtype, temperature: float) -> tuple[Tensor, ...]:
+    """(log-softmax, the row's maximum, the log of the sum after subtracting it)."""
+    x = x.to(dtype) / temperature
+    top = x.amax(1)
+    x = x - top[:, None]
+    total = x.exp().sum(1).log()
+    return x - total[:, None], top, total
+
+
+@torch.library.custom_op("kiop_fast::mapped_kl", mutates_args=())
+def _mapped_kl(
+    logits: Tensor,
+    target: Tensor,
+    mapping: Tensor | None,
+    temperature: float,
+    only_agreeing: bool,
+    invert: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _use_triton(logits, target):
+        return launch_fwd(logits, target, mapping, temperature, only_agreeing, invert)
+    dtype = dispatch.accumulation_dtype(logits, target)
+    mapped = logits if mapping is None else logits.index_select(1, mapping)
+    agrees = mapped.argmax(1) == target.argmax(1)
+    log_q, *of_q = _log_softmax(mapped, dtype, temperature)
+    log_p, *of_p = _log_softmax(target, dtype, temperature)
+    p = log_p.exp()
+    kl = torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
+    weight = agrees | kl.isnan() if only_agreeing else torch.ones_like(agrees)
+    loss = torch.where(weight, kl, 0).sum() * (temperature**2 / len(kl))
+    rows = torch.stack([*of_q, *of_p, kl, weight.to(dtype)])
+    return loss, agrees.sum(), rows, _empty_inverse(logits, invert)
+
+
+def _empty_inverse(logits: Tensor, invert: bool) -> Tensor:
+    return logits.new_zeros(logits.shape[1] if invert else 0, dtype=torch.int64)
+
+
+@_mapped_kl.register_fake
+def _(logits, target, mapping, temperature, only_agreeing, invert):  # type: ignore[no-untyped-def]
+    loss = logits.new_empty((), dtype=dispatch.accumulation_dtype(logits, target))
+    agreement = logits.new_empty((), dtype=torch.int64)
+    return loss, agreement, loss.new_empty(6, logits.shape[0]), _empty_inverse(logits, invert)
+
+
+@torch.library.custom_op("kiop_fast::mapped_kl_backward", mutates_args=())
+def _mapped_kl_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    mapping: Tensor | None,
+    rows: Tensor,
+    inverse: Tensor,
+    temperature: float,
+    need_logits: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor]:
+    if _use_triton(logits, target):
+        return launch_bwd(
+            grad, logits, target, mapping, rows, inverse, temperature,
+            need_logits, need_target,
+        )  # fmt: skip
+    top_q, total_q, top_p, total_p, kl, weight = (row[:, None] for row in rows)
+    mapped = logits if mapping is None else logits.index_select(1, mapping)
+    log_q = mapped.to(rows.dtype) / temperature - top_q - total_q
+    log_p = target.to(rows.dtype) / temperature - top_p - total_p
+    p, factor = log_p.exp(), grad * (temperature / len(logits))
+    grad_logits, grad_target = logits.new_empty(0), target.new_empty(0)
+    if need_logits:
+        g = torch.where(weight > 0, (log_q.exp() - p) * factor, 0)
+        if mapping is not None:
+            g = g.new_zeros(logits.shape).index_add_(1, mapping, g)
+        grad_logits = g.to(logits.dtype)
+    if need_target:
+        g = p * (log_p - log_q - kl) * factor
+        grad_target = torch.where((weight > 0) & (p != 0), g, 0).to(target.dtype)
+    return grad_logits, grad_target
+
+
+@_mapped_kl_backward.register_fake
+def _(grad, logits, target, m, r, i, t, need_logits, need_target):  # type: ignore[no-untyped-def]
+    return (
+        logits.new_empty(logits.shape if need_logits else (0,)),
+        target.new_empty(target.shape if need_target else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, mapping, temperature, _, _ = inputs
+    ctx.save_for_backward(logits, target, mapping, *output[2:])
+    ctx.temperature = temperature
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    need_logits, need_target = ctx.needs_input_grad[:2]
+    if grad is None:
+        return (None,) * 6
+    grad_logits, grad_target = _mapped_kl_backward(
+        grad, *ctx.saved_tensors, ctx.temperature, need_logits, need_target
+    )
+    sides = grad_logits if need_logits else None, grad_target if need_target else None
+    return *sides, None, None, None, None
+
+
+_mapped_kl.register_autograd(_backward, setup_context=_setup_context)
 
 
 def mapped_kl(
@@ -75,7 +193,15 @@ def mapped_kl(
             an index is never read through and makes the loss NaN).
     """
     _check(logits, target_logits, mapping, temperature)
-    return mapped_kl_eager(logits, target_logits, mapping, temperature, only_agreeing=only_agreeing)
+    if not _use_triton(logits, target_logits):
+        return mapped_kl_eager(
+            logits, target_logits, mapping, temperature, only_agreeing=only_agreeing
+        )
+    invert = mapping is not None and logits.requires_grad and torch.is_grad_enabled()
+    loss, agreement, *_ = _mapped_kl(
+        logits, target_logits, mapping, temperature, only_agreeing, invert
+    )
+    return MappedKL(loss, agreement)
 
 
 def _check(
