@@ -29,6 +29,7 @@ from kiop_fast.kernels.crop import (
     crop_window,
     empty_images,
     flipped_columns,
+    on_host,
     require_rows,
     stored,
     unsupported_result,
@@ -137,7 +138,10 @@ def bank_replay(
     """
     mean, std = check_normaliser("bank_replay", bank, mean, std)
     _check(bank, index, dtype)
-    check_crop("bank_replay", bank, len(index), crop, flip, pad)
+    if crop is not None:
+        check_crop("bank_replay", bank, crop, len(index), pad)
+    if flip is not None:
+        check_table("bank_replay", bank, "flip", flip, (len(index),), "bool")
     inputs = (bank, index, crop, flip, pad, mean, std, dtype, channels_last)
     if dispatch.use_triton("bank_replay", mean, std, unsupported=unsupported_result(dtype)):
         return _bank_replay(*inputs)
@@ -152,6 +156,8 @@ def _check(bank: Tensor, index: Tensor, dtype: torch.dtype) -> None:
             expected="torch.uint8, 255 is white",
         )
     check_table("bank_replay", bank, "index", index, (index.numel(),), "integer")
-    inside = (index >= 0) & (index < len(bank))
-    require_rows("bank_replay", "index", index, inside, f"a row of the bank, 0 to {len(bank) - 1}")
+    if on_host(index):
+        expected = f"a row of the bank, 0 to {len(bank) - 1}"
+        inside = (index >= 0) & (index < len(bank))
+        require_rows("bank_replay", "index", index, inside, expected)
     check_dtype("bank_replay", dtype)

@@ -72,18 +72,19 @@ def check_normaliser(
     return mean, std
 
 
-def check_crop(
-    op: str, images: Tensor, count: int, crop: Tensor | None, flip: Tensor | None, pad: int
-) -> None:
-    """crop (count, 2) integers within the frame of ``pad``, flip (count,) bool, where given."""
+def on_host(table: Tensor) -> bool:
+    """Whether the numbers in a table can be looked at without waiting for a device."""
+    return table.is_cpu and not torch.compiler.is_compiling()
+
+
+def check_crop(op: str, images: Tensor, crop: Tensor, count: int, pad: int) -> None:
+    """crop is (count, 2) integers that stay within the black frame of ``pad``."""
     if pad < 0:
         raise KernelError(f"{op}: pad must not be negative", got=pad, expected="0 or more")
-    if crop is not None:
-        check_table(op, images, "crop", crop, (count, 2), "integer")
+    check_table(op, images, "crop", crop, (count, 2), "integer")
+    if on_host(crop):
         inside = ((crop >= 0) & (crop <= 2 * pad)).all(1)
         require_rows(op, "crop", crop, inside, f"top and left between 0 and {2 * pad} (2 · pad)")
-    if flip is not None:
-        check_table(op, images, "flip", flip, (count,), "bool")
 
 
 def check_table(
@@ -101,13 +102,12 @@ def check_table(
 
 
 def require_rows(op: str, name: str, table: Tensor, good: Tensor, expected: str) -> None:
-    """Every row of a CPU table is good; tables on a GPU are trusted, for looking would wait."""
-    if torch.compiler.is_compiling() or not table.is_cpu or bool(good.all()):
-        return
-    row = int(good.logical_not().nonzero()[0])
-    raise KernelError(
-        f"{op}: row {row} of {name} is out of range", got=table[row].tolist(), expected=expected
-    )
+    """Every row of a table on the host is good; the first that is not is shown."""
+    if not good.all():
+        row = int(good.logical_not().nonzero()[0])
+        raise KernelError(
+            f"{op}: row {row} of {name} is out of range", got=table[row].tolist(), expected=expected
+        )
 
 
 def check_dtype(op: str, dtype: torch.dtype | None) -> None:
