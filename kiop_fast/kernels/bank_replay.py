@@ -48,22 +48,10 @@ def bank_replay_eager(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Tensor:
-    """The same in plain torch."""
-    return _replay_eager(bank, index, crop, flip, pad, mean, std, dtype, channels_last)
+    """The same in plain torch.
 
-
-def _replay_eager(
-    bank: Tensor,
-    index: Tensor,
-    crop: Tensor | None,
-    flip: Tensor | None,
-    pad: int,
-    mean: Tensor,
-    std: Tensor,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    """Crops and flips bytes, which are a quarter of the floats they become."""
+    Crops and flips happen on bytes, a quarter of the floats they become.
+    """
     images = bank.index_select(0, index)
     side = bank.shape[-1]
     if crop is not None:
@@ -93,7 +81,10 @@ def _bank_replay(
 ) -> Tensor:
     if dispatch.use_triton("bank_replay", mean, std):
         return launch(bank, index, crop, flip, pad, mean, std, dtype, channels_last)
-    return _replay_eager(bank, index, crop, flip, pad, mean, std, dtype, channels_last)
+    return bank_replay_eager(
+        bank, index, crop=crop, flip=flip, pad=pad,
+        mean=mean, std=std, dtype=dtype, channels_last=channels_last,
+    )  # fmt: skip
 
 
 @_bank_replay.register_fake
@@ -142,10 +133,12 @@ def bank_replay(
         check_crop("bank_replay", bank, crop, len(index), pad)
     if flip is not None:
         check_table("bank_replay", bank, "flip", flip, (len(index),), "bool")
-    inputs = (bank, index, crop, flip, pad, mean, std, dtype, channels_last)
     if dispatch.use_triton("bank_replay", mean, std, unsupported=unsupported_result(dtype)):
-        return _bank_replay(*inputs)
-    return _replay_eager(*inputs)
+        return _bank_replay(bank, index, crop, flip, pad, mean, std, dtype, channels_last)
+    return bank_replay_eager(
+        bank, index, crop=crop, flip=flip, pad=pad,
+        mean=mean, std=std, dtype=dtype, channels_last=channels_last,
+    )  # fmt: skip
 
 
 def _check(bank: Tensor, index: Tensor, dtype: torch.dtype) -> None:
@@ -155,6 +148,8 @@ def _check(bank: Tensor, index: Tensor, dtype: torch.dtype) -> None:
             got=bank.dtype,
             expected="torch.uint8, 255 is white",
         )
+    if index.numel() == 0:
+        raise KernelError("bank_replay: the batch is empty", got=f"index {tuple(index.shape)}")
     check_table("bank_replay", bank, "index", index, (index.numel(),), "integer")
     if on_host(index):
         expected = f"a row of the bank, 0 to {len(bank) - 1}"
