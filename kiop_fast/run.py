@@ -50,6 +50,11 @@ class Run:
     ) -> None:  # fmt: skip
         self.config, self.sources, self.device, self.inner = config, sources, device, inner
         self.engine = engine(config.engine)
+        if config.engine == "fast":
+            # Strides alone change; a demo step on two CPU cores: synthesis 264 → 217 ms, storing
+            # 116 → 81 ms (resnet8, 16², medians in one process).
+            for source in (sources.target, *sources.providers):
+                source.model.to(memory_format=torch.channels_last)
         inner_rings = inner.rings if inner else ()
         self.prompt: Prompt | None = None
         self.student: nn.Module | None = None

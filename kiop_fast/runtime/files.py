@@ -36,7 +36,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Tensors and JSON-able ``facts`` into one safetensors file, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {name: json.dumps(fact, sort_keys=True) for name, fact in facts.items()}
+    header = {"kiop_fast": json.dumps(dict(facts), sort_keys=True)}
     atomic_write(path, safetensors.torch.save(plain, metadata=header))
 
 
@@ -48,7 +48,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            facts = {name: json.loads(fact) for name, fact in (file.metadata() or {}).items()}
+            facts = json.loads((file.metadata() or {}).get("kiop_fast", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise RunError(

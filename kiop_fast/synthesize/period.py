@@ -119,7 +119,7 @@ class Synthesizer:
         features = sum(m.num_features for m in batchnorm_layers(teacher.model).values())
         self.generator = Generator(
             config.latent, config.width, side, generator_channels(config, teacher)
-        ).to(device)
+        ).to(device, memory_format=torch.channels_last)
         self.head = ProjectionHead(features, config.head_width, config.head_dim)
         load_weights(self.head, head_weights(draws.generator(seed, 0, task, "head"), self.head))
         self.head.to(device)
