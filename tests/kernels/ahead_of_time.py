@@ -70,10 +70,48 @@ def mapped_kl(dtype: torch.dtype) -> None:
     both_ways(256, 16384, 16384, False, True)
 
 
+def bn_match(dtype: torch.dtype) -> None:
+    from kiop_fast.kernels.bn_match_triton import launch_bwd, launch_fwd
+
+    for c, side, relu in ((64, 16, False), (64, 8, True), (512, 1, False)):
+        x, c_vector, total = meta(128, c, side, side, dtype=dtype), meta(c), meta()
+        if relu:
+            x = x.to(memory_format=torch.channels_last)
+        layer = (c_vector,) * 4
+        launch_fwd(x, *layer, 1e-5, 64, relu)
+        launch_bwd(x, total, meta(128, c), x, *layer, meta(3, c), 1e-5, 64, relu)
+
+
+def views(dtype: torch.dtype) -> None:
+    from kiop_fast.kernels.views_triton import launch_bwd, launch_fwd
+
+    crop, box = meta(64, 2, dtype=torch.int64), meta(64, 4, dtype=torch.int64)
+    flip = meta(64, dtype=torch.bool)
+    tables = (crop, flip, box, flip)
+    for channels, side, channels_last in ((3, 32, False), (1, 16, True), (3, 33, False)):
+        images = meta(64, channels, side, side, dtype=dtype)
+        grad = meta(128, 3, side, side, dtype=dtype)
+        launch_fwd(images, *tables, 4, meta(3), meta(3), dtype, channels_last)
+        launch_bwd(grad, *tables, meta(3), 4, channels, dtype)
+
+
+def bank_replay(dtype: torch.dtype) -> None:
+    from kiop_fast.kernels.bank_replay_triton import launch
+
+    index, crop = meta(64, dtype=torch.int64), meta(64, 2, dtype=torch.int64)
+    flip, normaliser = meta(64, dtype=torch.bool), (meta(3), meta(3))
+    colour, grey = (meta(4096, c, 32, 32, dtype=torch.uint8) for c in (3, 1))
+    launch(colour, index, crop, flip, 4, *normaliser, dtype, False)
+    launch(grey, index, None, None, 0, *normaliser, dtype, True)
+
+
 # An operation's launches at one dtype; add yours here.
 OPERATIONS: dict[str, Callable[[torch.dtype], None]] = {
     "prompt_pad": prompt_pad,
     "mapped_kl": mapped_kl,
+    "bn_match": bn_match,
+    "views": views,
+    "bank_replay": bank_replay,
 }
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
