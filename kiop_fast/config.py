@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 import types
@@ -53,13 +54,13 @@ class PromptConfig:
     disjoint: bool = False  # several providers: mappings share no class of A (upstream)
     batchnorm: str = "calibrated"  # calibrated | batch | running
     calibration_batch: int = 256  # images a forward pass while statistics are estimated
-    calibration_images: int = 10_000  # at most so many, evenly spaced; banks are smaller, real data not
+    calibration_images: int = 10_000  # at most so many, evenly spaced
     dropout: bool = False  # A's dropout layers stay on while training (upstream's VGG)
     extend: str = ""  # a prompt file whose rings stay as they are; new rings go around them
 
     def __post_init__(self) -> None:
         _require(len(self.rings) >= 1, "a prompt needs at least one ring", self.rings, "sizes")
-        inner_first = all(a < b for a, b in zip(self.rings, self.rings[1:], strict=False))
+        inner_first = all(a < b for a, b in itertools.pairwise(self.rings))
         _require(inner_first, "rings must grow outwards", list(self.rings), "increasing sides")
         _choice("prompt.mapping", self.mapping, MAPPINGS)
         _choice("prompt.batchnorm", self.batchnorm, BATCHNORM_POLICIES)

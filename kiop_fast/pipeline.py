@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kiop_fast.config import RunConfig, dump_toml, to_dict
-from kiop_fast.deliver.evaluate import task_accuracy
+from kiop_fast.deliver.evaluate import source_accuracy, task_accuracy
 from kiop_fast.errors import ArtefactError, ConfigError
 from kiop_fast.prompt.artefact import (
     Artefact,
@@ -65,13 +65,14 @@ def train(
     device = choose_device(config.device)
     use_threads(config.threads)
     inner = load_inner(config)
+    folder = RunFolder(out, dump_toml(config), config.digest(), resume=resume)
     if sources is None:
         rings = (*(inner.rings if inner else ()), *config.prompt.rings)
         sources = load_sources(config, rings, device, progress)
-    folder = RunFolder(out, dump_toml(config), config.digest(), resume=resume)
     prints = sources.fingerprints()
-    run = Run(config, sources, device, folder.scratch("images"), inner)
     restored = folder.restored(prints)
+    run = Run(config, sources, device, folder.path / "scratch", inner)
+    folder.begin()
     if restored:
         run.load(restored, folder.bank)
     for epoch in range(folder.epochs_done, config.epochs):
@@ -140,14 +141,11 @@ def accuracies(run: Run) -> dict[str, float]:
     if run.student is not None:
         own, theirs = run.sources.target, run.sources.providers[0]
         student = run.student.eval()
-        models = {own: with_original_classifier(student, own), theirs: student}
+        pairs = [(own, with_original_classifier(student, own)), (theirs, student)]
         return {
-            source.info.name: task_accuracy(
-                lambda images, s=source, m=model: m(s.normalise(images)),
-                source.info, config.side, batch, run.device,
-            )
-            for source, model in models.items()
-        }  # fmt: skip
+            source.info.name: source_accuracy(replace(source, model=model), config.side, batch)
+            for source, model in pairs
+        }
     served = deliver(run).on(run.sources.target, check=False)
     return {
         task.name: task_accuracy(served.task(task.name), task.info, config.side, batch, run.device)

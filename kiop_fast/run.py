@@ -25,9 +25,9 @@ from kiop_fast.runtime.state import (
 )
 from kiop_fast.source import DropoutDraws
 from kiop_fast.source.classifier import trainable_copy
+from kiop_fast.sources import Sources
 from kiop_fast.store import Term, draw_storing, learning_rate
 from kiop_fast.synthesize import TERMS, draw_synthesis
-from kiop_fast.sources import Sources
 from kiop_fast.tasks import Task, make_tasks
 
 Progress = Callable[..., None]

@@ -94,9 +94,7 @@ def provider_depth(config: RunConfig, index: int, inner_rings: int) -> int:
     return index + 2
 
 
-def initial_mappings(
-    config: RunConfig, sources: Sources, names: list[str]
-) -> list[Tensor | None]:
+def initial_mappings(config: RunConfig, sources: Sources, names: list[str]) -> list[Tensor | None]:
     """Random mappings (RLM), which frequency and iterative mapping replace later."""
     if config.mode == "vanilla":
         return [None] * len(names)

@@ -213,9 +213,7 @@ def test_a_touched_source_is_noticed(make_source: Make) -> None:
 
 
 def test_frequency_mapping_is_counted_once(sources: Sources, tmp_path: Path) -> None:
-    result = train(
-        tiny(prompt={"mapping": "frequency"}), tmp_path / "run", sources=sources
-    )
+    result = train(tiny(prompt={"mapping": "frequency"}), tmp_path / "run", sources=sources)
     assert "digits" in result.metrics[0]["mapping_changed"]
     assert result.metrics[1]["mapping_changed"] == {}
 

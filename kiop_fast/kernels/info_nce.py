@@ -13,11 +13,18 @@ gives the loss and O, nothing is recomputed and the (M, K) logits never exist.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kiop_fast.errors import KernelError
 from kiop_fast.kernels import dispatch
+from kiop_fast.kernels.info_nce_triton import MAX_WIDTH, launch_bwd, launch_fwd
+
+# Logits that exist at a time in the eager twin.
+CHUNK = 1 << 19
 
 
 def info_nce_eager(
@@ -28,20 +35,138 @@ def info_nce_eager(
     *,
     num_keys: Tensor | None = None,
 ) -> Tensor:
-    """The same in plain torch."""
+    """The same in plain torch, CHUNK logits at a time; the gradient is made on the way."""
+    return _Twin.apply(queries, keys.detach(), weights, num_keys, temperature, _needs(queries))
+
+
+def _loss_and_direction(
+    queries: Tensor,
+    keys: Tensor,
+    weights: Tensor,
+    num_keys: Tensor | None,
+    temperature: float,
+    need_direction: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, O - k_i): softmax without normalising the (rows, K) tile, as the kernel does it."""
     dtype = dispatch.accumulation_dtype(queries)
-    keys = keys.detach()
     valid = None
     if num_keys is not None:
         valid = torch.arange(len(keys), device=keys.device) < num_keys
         keys = torch.where(valid[:, None], keys, 0)
-    logits = (queries @ keys.T).to(dtype) / temperature
+    losses, directions = [], []
+    rows = max(1, CHUNK // len(keys))
+    for start, chunk in zip(range(0, len(queries), rows), queries.split(rows), strict=True):
+        logits = (chunk @ keys.T).to(dtype).div_(temperature)
+        if valid is not None:
+            logits.masked_fill_(~valid, -torch.inf)
+        positive = logits.diagonal(start).clone()
+        top = logits.amax(1)
+        e = logits.sub_(top[:, None]).exp_()
+        total = e.sum(1)
+        losses.append(total.log() + (top - positive))
+        if need_direction:
+            mixed = (e.to(keys.dtype) @ keys).to(dtype).div_(total[:, None])
+            directions.append(mixed.sub_(keys[start : start + len(chunk)]))
+    loss = torch.cat(losses) * weights
+    direction = torch.cat(directions) if need_direction else queries.new_empty(0)
     if valid is not None:
-        logits = logits.masked_fill(~valid, -torch.inf)
-    losses = (logits.logsumexp(1) - logits.diagonal()) * weights
-    if valid is not None:
-        losses = torch.where(valid[: len(losses)], losses, 0)
-    return losses.sum()
+        loss = torch.where(valid[: len(loss)], loss, 0)
+        if need_direction:
+            direction = torch.where(valid[: len(loss), None], direction, 0)
+    return loss.sum(), direction.to(queries.dtype)
+
+
+def _grad_queries(
+    grad: Tensor,
+    direction: Tensor,
+    weights: Tensor,
+    num_keys: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    slope = weights.to(grad.dtype) * (grad / temperature)
+    if num_keys is not None:
+        slope = torch.where(torch.arange(len(slope), device=slope.device) < num_keys, slope, 0)
+    return (direction * slope[:, None]).to(direction.dtype)
+
+
+def _needs(queries: Tensor) -> bool:
+    return queries.requires_grad and torch.is_grad_enabled()
+
+
+class _Twin(torch.autograd.Function):
+    """The eager twin's gradient; torch.compile traces through it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        loss, direction = _loss_and_direction(*inputs)
+        _setup_context(ctx, inputs, (loss, direction))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        direction, weights, num_keys = ctx.saved_tensors
+        grad_queries = _grad_queries(grad, direction, weights, num_keys, ctx.temperature)
+        return grad_queries, None, None, None, None, None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, keys, weights, num_keys, ctx.temperature, _ = inputs
+    ctx.n_keys = len(keys)
+    ctx.save_for_backward(output[1], weights, num_keys)
+
+
+def _use_triton(queries: Tensor, keys: Tensor, weights: Tensor) -> bool:
+    width = queries.shape[1]
+    unsupported = f"width {width}; at most {MAX_WIDTH}" if width > MAX_WIDTH else ""
+    return dispatch.use_triton("info_nce", queries, keys, weights, unsupported=unsupported)
+
+
+@torch.library.custom_op("kiop_fast::info_nce", mutates_args=())
+def _info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    weights: Tensor,
+    num_keys: Tensor | None,
+    temperature: float,
+    need_direction: bool,
+) -> tuple[Tensor, Tensor]:
+    run = launch_fwd if _use_triton(queries, keys, weights) else _loss_and_direction
+    return run(queries, keys, weights, num_keys, temperature, need_direction)
+
+
+@_info_nce.register_fake
+def _(queries, keys, weights, num_keys, temperature, need_direction):  # type: ignore[no-untyped-def]
+    loss = queries.new_empty((), dtype=dispatch.accumulation_dtype(queries))
+    return loss, queries.new_empty(queries.shape if need_direction else (0,))
+
+
+@torch.library.custom_op("kiop_fast::info_nce_backward", mutates_args=())
+def _info_nce_backward(
+    grad: Tensor,
+    direction: Tensor,
+    weights: Tensor,
+    num_keys: Tensor | None,
+    n_keys: int,
+    temperature: float,
+) -> Tensor:
+    if _use_triton(direction, direction, weights):
+        return launch_bwd(grad, direction, weights, num_keys, n_keys, temperature)
+    return _grad_queries(grad, direction, weights, num_keys, temperature)
+
+
+@_info_nce_backward.register_fake
+def _(grad, direction, weights, num_keys, n_keys, temperature):  # type: ignore[no-untyped-def]
+    return torch.empty_like(direction)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    # The second cotangent is that of the direction, which nobody outside sees.
+    grad_queries = _info_nce_backward(grad, *ctx.saved_tensors, ctx.n_keys, ctx.temperature)
+    return grad_queries, None, None, None, None, None
+
+
+_info_nce.register_autograd(_backward, setup_context=_setup_context)
 
 
 def info_nce(
@@ -70,7 +195,10 @@ def info_nce(
         KernelError: shapes, dtypes, devices or temperature that do not fit.
     """
     _check(queries, keys, temperature, weights, num_keys)
-    return info_nce_eager(queries, keys, temperature, weights, num_keys=num_keys)
+    if not _use_triton(queries, keys, weights):
+        return info_nce_eager(queries, keys, temperature, weights, num_keys=num_keys)
+    need_direction = _needs(queries)
+    return _info_nce(queries, keys.detach(), weights, num_keys, temperature, need_direction)[0]
 
 
 def _check(

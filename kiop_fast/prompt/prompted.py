@@ -123,7 +123,7 @@ def calibrate(prompted: PromptedModel, images: Tensor, batch: int) -> dict[str, 
     hooks = [layer.register_forward_pre_hook(tap(name)) for name, layer in layers.items()]
     try:
         for part in images.chunk(-(-len(images) // batch)):
-            frozen_logits(prompted.target, prompted.prompt(part, prompted.depth), "batch")
+            frozen_logits(prompted.target, prompted.seen(part), "batch")
     finally:
         for hook in hooks:
             hook.remove()

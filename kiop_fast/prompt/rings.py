@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Prompt(nn.Module):
         super().__init__()
         self.side, self.rings, self.channels = side, tuple(rings), channels
         sides = [side, *self.rings]
-        if not self.rings or any(a >= b for a, b in zip(sides, sides[1:], strict=False)):
+        if not self.rings or any(a >= b for a, b in pairwise(sides)):
             raise PromptError(
                 "rings must nest around the image",
                 got=f"image side {side}, rings {list(rings)}",
@@ -42,8 +43,7 @@ class Prompt(nn.Module):
                 fix=f"for example rings [{side + 4}, {4 * side}]",
             )
         self.cells = nn.ParameterList(
-            torch.zeros(channels, outer * outer - inner * inner)
-            for inner, outer in zip(sides, sides[1:], strict=False)
+            torch.zeros(channels, outer * outer - inner * inner) for inner, outer in pairwise(sides)
         )
 
     def canvas_side(self, depth: int) -> int:

@@ -14,7 +14,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError("unknown device", got=name, expected="auto, cpu, cuda or cuda:N") from None
+        known = "auto, cpu, cuda or cuda:N"
+        raise ConfigError("unknown device", got=name, expected=known) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "CUDA was asked for, but torch sees no GPU",

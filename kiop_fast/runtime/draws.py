@@ -64,8 +64,8 @@ def resized_crop_boxes(
     """Boxes of random resized crops, (*shape, 4) int64: top, left, height, width.
 
     Area is uniform in ``scale`` (fractions of side²), aspect ratio log-uniform in ``ratio``.
-    As in torchvision and kornia, ten tries are made for a box that fits; then the largest
-    centred box of an allowed ratio is taken.
+    As in torchvision and kornia, ten tries are made for a box that fits; then the largest box
+    of an allowed ratio is taken.
     """
     count = int(np.prod(shape))
     area = rng.uniform(scale[0], scale[1], (count, 10)) * side * side
@@ -76,10 +76,8 @@ def resized_crop_boxes(
     first = fits.argmax(axis=1)
     rows = np.arange(count)
     some = fits.any(axis=1)
-    widest = min(1.0, ratio[1]) if ratio[0] <= 1.0 <= ratio[1] else 1.0
-    fallback = int(round(side * widest))
-    width = np.where(some, width[rows, first], fallback)
-    height = np.where(some, height[rows, first], fallback)
+    width = np.where(some, width[rows, first], round(side * min(1.0, ratio[1])))
+    height = np.where(some, height[rows, first], round(side / max(1.0, ratio[0])))
     top = np.floor(rng.random(count) * (side - height + 1)).astype(np.int64)
     left = np.floor(rng.random(count) * (side - width + 1)).astype(np.int64)
     return torch.from_numpy(np.stack([top, left, height, width], axis=1).reshape(*shape, 4))
@@ -99,9 +97,7 @@ def permutation_batches(
     return torch.from_numpy(order[:needed].reshape(steps, batch))
 
 
-def sorted_targets(
-    rng: np.random.Generator, count: int, classes: int, *, balanced: bool
-) -> Tensor:
+def sorted_targets(rng: np.random.Generator, count: int, classes: int, *, balanced: bool) -> Tensor:
     """Sorted class targets, (count,) int64: uniform, or as even as ``count`` allows."""
     if balanced:
         order = rng.permutation(classes)

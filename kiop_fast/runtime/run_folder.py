@@ -25,7 +25,7 @@ from kiop_fast.runtime.files import (
 
 
 class RunFolder:
-    """One run's folder.
+    """One run's folder; nothing is written before :meth:`begin`.
 
     Args:
         path: the folder, made if absent.
@@ -51,14 +51,24 @@ class RunFolder:
             )  # fmt: skip
         if path.exists() and not path.is_dir():
             raise RunError("the run folder is a file", got=path, fix="choose another --out")
-        path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
         self._restored: dict[str, Tensor] = {}
         if (path / "checkpoint.safetensors").exists():
             self._restore()
         elif marker.exists() and marker.read_text() != config:
             self._other_run(f"{marker} differs")
-        atomic_write(marker, config)
+        self._config = config
+
+    def begin(self) -> None:
+        """Claim the folder, and drop what a kill left behind the last checkpoint."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        atomic_write(self.path / "config.toml", self._config)
+        if self.epochs_done:
+            write_lines(self.path / "metrics.jsonl", self.metrics)
+            write_lines(self.path / "timings.jsonl", self.timings)
+        for file in (self.path / "banks").glob("*/*.safetensors"):
+            if int(file.stem) >= self.epochs_done:
+                file.unlink()
 
     def _other_run(self, got: str) -> None:
         raise RunError(
@@ -75,11 +85,6 @@ class RunFolder:
         self.sources: dict[str, str] = facts["sources"]
         self.metrics = read_lines(self.path / "metrics.jsonl")[: self.epochs_done]
         self.timings = read_lines(self.path / "timings.jsonl")[: self.epochs_done]
-        write_lines(self.path / "metrics.jsonl", self.metrics)
-        write_lines(self.path / "timings.jsonl", self.timings)
-        for file in (self.path / "banks").glob("*/*.safetensors"):
-            if int(file.stem) >= self.epochs_done:
-                file.unlink()
 
     def restored(self, sources: Mapping[str, str]) -> dict[str, Tensor]:
         """The checkpoint's tensors; empty for a new run.
@@ -118,12 +123,5 @@ class RunFolder:
         save_tensors(self.path / "checkpoint.safetensors", state, facts)
 
     def clear_scratch(self) -> None:
-        """Delete what :meth:`scratch` made; the banks hold the same images."""
+        """Delete the engine's own files; the banks hold the same images."""
         shutil.rmtree(self.path / "scratch", ignore_errors=True)
-
-    def scratch(self, name: str) -> Path:
-        """An empty folder below the run for an engine's own files."""
-        folder = self.path / "scratch" / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder

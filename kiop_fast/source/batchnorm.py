@@ -75,7 +75,8 @@ class BatchNormTaps:
 
     def _tapped(self, layer: nn.BatchNorm2d):  # type: ignore[no-untyped-def]
         def forward(x: Tensor) -> Tensor:
-            assert layer.running_mean is not None and layer.running_var is not None
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
             match = bn_match(
                 x, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps,
                 rows=self.rows,

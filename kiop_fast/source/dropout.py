@@ -37,7 +37,7 @@ class DropoutDraws:
         """
         layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
         for name, layer in layers.items():
-            layer.forward = self._drop(f"{role}/{name}", layer.p)  # type: ignore[method-assign]
+            layer.forward = self._drop(f"{role}/{name}", layer.p)  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:

@@ -119,7 +119,8 @@ class Synthesizer:
         features = sum(m.num_features for m in batchnorm_layers(teacher.model).values())
         self.generator = Generator(
             config.latent, config.width, side, generator_channels(config, teacher)
-        ).to(device, memory_format=torch.channels_last)
+        ).to(device)
+        self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head = ProjectionHead(features, config.head_width, config.head_dim)
         load_weights(self.head, head_weights(draws.generator(seed, 0, task, "head"), self.head))
         self.head.to(device)
