@@ -120,7 +120,7 @@ class Synthesizer:
         self.generator = Generator(
             config.latent, config.width, side, generator_channels(config, teacher)
         ).to(device)
-        self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.generator.to(memory_format=torch.channels_last)
         self.head = ProjectionHead(features, config.head_width, config.head_dim)
         load_weights(self.head, head_weights(draws.generator(seed, 0, task, "head"), self.head))
         self.head.to(device)

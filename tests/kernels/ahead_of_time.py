@@ -105,10 +105,26 @@ def bank_replay(dtype: torch.dtype) -> None:
     launch(grey, index, None, None, 0, *normaliser, dtype, True)
 
 
+def info_nce(dtype: torch.dtype) -> None:
+    from kiop_fast.kernels.info_nce_triton import launch_bwd, launch_fwd
+
+    num_keys = meta(dtype=torch.int64)
+    for m, k, width in ((4160, 4160, 256), (64, 64, 256), (64, 4160, 512)):
+        queries, keys, weights = meta(m, width, dtype=dtype), meta(k, width, dtype=dtype), meta(m)
+        launch_fwd(queries, keys, weights, num_keys, 0.6, True)
+        launch_bwd(meta(), queries, weights, num_keys, k, 0.6)
+    if dtype == torch.float32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        for width in (256, 512):
+            launch_fwd(meta(64, width), meta(4160, width), meta(64), None, 0.6, True)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 # An operation's launches at one dtype; add yours here.
 OPERATIONS: dict[str, Callable[[torch.dtype], None]] = {
     "prompt_pad": prompt_pad,
     "mapped_kl": mapped_kl,
+    "info_nce": info_nce,
     "bn_match": bn_match,
     "views": views,
     "bank_replay": bank_replay,
