@@ -88,7 +88,12 @@ def _forward_eager(
         output = output.add_(bias.to(acc)[:, None, None])
     if relu:
         output = output.relu_()
-    return output.to(x.dtype), loss, offsets + shift, slopes
+    output = output.to(x.dtype)
+    if torch.compiler.is_compiling():
+        # torch 2.11 traces an autograd.Function whose result was made in place without that
+        # result's gradient; 2.15 does not, and Inductor fuses the copy away.
+        output = output.clone()
+    return output, loss, offsets + shift, slopes
 
 
 def _scale(running_var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
