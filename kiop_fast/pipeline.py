@@ -116,11 +116,9 @@ def deliver(run: Run, metrics: Mapping[str, Any] | None = None) -> Artefact:
         info = run.sources.target.info
         tasks.append(ArtefactTask(info.name, 1, None, run.statistics(own, prompt), info))
     for task in run.tasks:
-        info = replace(task.source.info, name=task.name)
         mapping = None if task.mapping is None else task.mapping.cpu()
-        tasks.append(
-            ArtefactTask(task.name, task.depth, mapping, run.statistics(task, prompt), info)
-        )
+        statistics = run.statistics(task, prompt)
+        tasks.append(ArtefactTask(task.name, task.depth, mapping, statistics, task.source.info))
     target = run.sources.target
     return Artefact(
         side=config.side,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from kiop_fast.config import BATCHNORM_POLICIES, PromptConfig, from_dict
 from kiop_fast.data import dataset
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
-from kiop_fast.errors import DataError
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
 from kiop_fast.prompt.artefact import Artefact, ArtefactTask
 from kiop_fast.prompt.served import PromptedTask
@@ -31,19 +29,10 @@ def _read(known: Dataset, side: int) -> Split:
 def read_test(info: DatasetInfo, side: int) -> Split:
     """The test split of ``info``'s data, uint8, cached by dataset and side.
 
-    A run's second task on the same data is called ``digits-2``; it reads ``digits``.
-
     Raises:
         DataError: no dataset of that name.
     """
-    try:
-        known = dataset(info.name)
-    except DataError:
-        base = re.sub(r"-\d+$", "", info.name)
-        if base == info.name:
-            raise
-        known = dataset(base)
-    return _read(known, side)
+    return _read(dataset(info.name), side)
 
 
 def _batches(split: Split, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
