@@ -229,6 +229,21 @@ class TestBadInput:
         with pytest.raises(MappingError, match=r"(?s)10 classes.*26 classes.*swap"):
             train(tiny(), tmp_path / "run", sources=turned)
 
+    def test_it_shows_before_any_long_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Too few classes and an occupied folder are refused before a source is trained."""
+        monkeypatch.setenv("KIOP_FAST_CACHE", str(tmp_path / "cache"))
+        turned = tiny(target="resnet8@digits", providers=["resnet8@letters"])
+        with pytest.raises(MappingError, match=r"(?s)10 classes.*26 classes"):
+            train(turned, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.toml").write_text("")
+        with pytest.raises(RunError, match="already holds a run"):
+            train(tiny(), tmp_path / "run")
+        assert not (tmp_path / "cache").exists()
+
     def test_no_batchnorm(self, sources: Sources, tmp_path: Path) -> None:
         plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 256, 10))
         info = sources.providers[0].info
