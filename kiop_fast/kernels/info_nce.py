@@ -23,8 +23,10 @@ from kiop_fast.errors import KernelError
 from kiop_fast.kernels import dispatch
 from kiop_fast.kernels.info_nce_triton import MAX_WIDTH, launch_bwd, launch_fwd
 
-# Logits that exist at a time in the eager twin.
-CHUNK = 1 << 19
+# Logits that exist at a time in the eager twin, 4 MB.  Measured on one core (2.8 GHz Xeon), fp32,
+# 4160 × 4160 × 256, forward + backward: 2^18 249 ms, 2^20 224 ms, unchunked 267 ms; autograd of the
+# plain formula 465 ms.
+CHUNK = 1 << 20
 
 
 def info_nce_eager(
