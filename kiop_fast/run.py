@@ -117,9 +117,7 @@ class Run:
             the tensors to add to its bank on disk.
         """
         period, losses, made = self.config.synthesis, {}, {}
-        if period.epochs and epoch >= period.epochs:
-            return {}, {}
-        for task in (task for task in self.tasks if task.synthesizer is not None):
+        for task in (task for task in self.tasks if epoch < task.epochs):
             rows, results = [], []
             for call in range(period.calls):
                 drawn = draw_synthesis(

@@ -221,6 +221,10 @@ def test_frequency_mapping_is_counted_once(sources: Sources, tmp_path: Path) -> 
 def test_banks_can_stop_growing(sources: Sources, tmp_path: Path) -> None:
     train(tiny(synthesis={"epochs": 1, "calls": 2}), tmp_path / "run", sources=sources)
     assert [p.name for p in (tmp_path / "run/banks/digits").iterdir()] == ["00000.safetensors"]
+    train(tiny(synthesis={"epochs_of_a": 1}), tmp_path / "uneven", sources=sources)
+    counts = {task: len(list((tmp_path / "uneven/banks" / task).iterdir()))
+              for task in ("letters", "digits")}  # fmt: skip
+    assert counts == {"letters": 1, "digits": 2}
 
 
 class TestBadInput:

@@ -13,9 +13,12 @@ from torch import Tensor
 from kiop_fast.kernels import dispatch
 from kiop_fast.kernels.dispatch import tl, triton
 
-# Not measured on a GPU yet.  A program holds TILE elements; the batch is cut into at most CHUNKS
-# parts, so that a few hundred programs run and a single one can add up their sums.
-TILE, CHUNKS, LOSS_TILE = 2048, 32, 4096
+# Not measured on a GPU yet.  A program holds at most TILE elements (at 2048 ptxas reported spills)
+# of at most MAX_CHANNELS channels, so that narrow images still make programs enough; channels-last
+# it takes LINE_CHANNELS, a whole memory line in fp32.  The batch is cut into at most CHUNKS parts,
+# whose sums a single program can still add up.
+TILE, MAX_CHANNELS, LINE_CHANNELS, CHUNKS = 1024, 128, 32, 32
+LOSS_TILE = 4096
 NUM_WARPS, LOSS_WARPS = 4, 8
 
 
@@ -206,10 +209,14 @@ def dense(x: Tensor) -> tuple[Tensor, bool]:
     return x.contiguous(), False
 
 
-def _blocks(channels: int, pixels: int) -> dict[str, int]:
-    block_p = min(triton.next_power_of_2(pixels), TILE // 2)
-    block_c = min(triton.next_power_of_2(channels), TILE // block_p)
-    return {"BLOCK_C": block_c, "BLOCK_P": block_p}
+def _blocks(channels: int, pixels: int, channels_last: bool) -> dict[str, int]:
+    """Channels × pixels of a program, at least two channels unless there is but one."""
+    all_c, all_p = triton.next_power_of_2(channels), triton.next_power_of_2(pixels)
+    if channels_last:
+        block_c = min(all_c, LINE_CHANNELS)
+        return {"BLOCK_C": block_c, "BLOCK_P": min(all_p, TILE // block_c)}
+    block_p = min(all_p, TILE // 2)
+    return {"BLOCK_C": min(all_c, MAX_CHANNELS, TILE // block_p), "BLOCK_P": block_p}
 
 
 def launch_fwd(
@@ -228,7 +235,7 @@ def launch_fwd(
     chunk_images = triton.cdiv(count, CHUNKS)
     chunks = triton.cdiv(count, chunk_images)
     sums = image_means.new_empty(chunks, 2, channels)
-    blocks = _blocks(channels, pixels)
+    blocks = _blocks(channels, pixels, channels_last)
     dispatch.launch(
         _bn_match_fwd_kernel,
         (chunks, triton.cdiv(channels, blocks["BLOCK_C"])),
@@ -291,7 +298,7 @@ def launch_bwd(
     if grad_output is not None:
         grad_output = grad_output.contiguous(memory_format=layout)
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    blocks = _blocks(channels, pixels)
+    blocks = _blocks(channels, pixels, channels_last)
     grid = (
         len(x),
         triton.cdiv(channels, blocks["BLOCK_C"]),
