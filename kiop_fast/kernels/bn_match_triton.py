@@ -119,8 +119,9 @@ def _bn_match_loss_kernel(
     excess = tl.sum(b_square, axis=0) / count - delta * delta - var
     from_mean = tl.sqrt_rn(tl.sum(delta * delta, axis=0))
     from_var = tl.sqrt_rn(tl.sum(excess * excess, axis=0))
-    by_mean = delta * tl.where(from_mean > 0, 1 / (from_mean * count), 0.0)
-    by_var = excess * tl.where(from_var > 0, 2 / (from_var * count), 0.0)
+    # Where a norm is 0 so is all it divides: subgradient 0.
+    by_mean = delta / (tl.where(from_mean > 0, from_mean, 1.0) * count)
+    by_var = 2 * excess / (tl.where(from_var > 0, from_var, 1.0) * count)
     tl.store(loss_ptr, from_mean + from_var)
     tl.store(slopes_ptr + o_c, delta, mask=m_c)
     tl.store(slopes_ptr + channels + o_c, by_mean, mask=m_c)

@@ -62,13 +62,12 @@ def _use_triton(logits: Tensor, target: Tensor) -> bool:
     return dispatch.use_triton("mapped_kl", logits, target, unsupported=unsupported)
 
 
-def _log_softmax(x: Tensor, dtype: torch.dtype, temperature: float) -> tuple[Tensor, ...]:
-    """(log-softmax, the row's maximum, the log of the sum after subtracting it)."""
-    x = x.to(dtype) / temperature
+def _centre(x: Tensor, dtype: torch.dtype, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z = (x - max) / T, the maximum, and Σ exp(z), a row."""
+    x = x.to(dtype)
     top = x.amax(1)
-    x = x - top[:, None]
-    total = x.exp().sum(1).log()
-    return x - total[:, None], top, total
+    z = (x - top[:, None]) / temperature
+    return z, top, z.exp().sum(1)
 
 
 @torch.library.custom_op("kiop_fast::mapped_kl", mutates_args=())
@@ -85,13 +84,14 @@ def _mapped_kl(
     dtype = dispatch.accumulation_dtype(logits, target)
     mapped = logits if mapping is None else logits.index_select(1, mapping)
     agrees = mapped.argmax(1) == target.argmax(1)
-    log_q, *of_q = _log_softmax(mapped, dtype, temperature)
-    log_p, *of_p = _log_softmax(target, dtype, temperature)
-    p = log_p.exp()
-    kl = torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
+    z_q, top_q, sum_q = _centre(mapped, dtype, temperature)
+    z_p, top_p, sum_p = _centre(target, dtype, temperature)
+    e_p = z_p.exp()
+    mean = torch.where(e_p == 0, 0, e_p * (z_p - z_q)).sum(1) / sum_p
+    kl = mean + (sum_q / sum_p).log()
     weight = agrees | kl.isnan() if only_agreeing else torch.ones_like(agrees)
     loss = torch.where(weight, kl, 0).sum() * (temperature**2 / len(kl))
-    rows = torch.stack([*of_q, *of_p, kl, weight.to(dtype)])
+    rows = torch.stack([top_q, 1 / sum_q, top_p, 1 / sum_p, mean, weight.to(dtype)])
     return loss, agrees.sum(), rows, _empty_inverse(logits, invert)
 
 
@@ -123,19 +123,19 @@ def _mapped_kl_backward(
             grad, logits, target, mapping, rows, inverse, temperature,
             need_logits, need_target,
         )  # fmt: skip
-    top_q, total_q, top_p, total_p, kl, weight = (row[:, None] for row in rows)
+    top_q, norm_q, top_p, norm_p, mean, weight = (row[:, None] for row in rows)
     mapped = logits if mapping is None else logits.index_select(1, mapping)
-    log_q = mapped.to(rows.dtype) / temperature - top_q - total_q
-    log_p = target.to(rows.dtype) / temperature - top_p - total_p
-    p, factor = log_p.exp(), grad * (temperature / len(logits))
+    z_q = (mapped.to(rows.dtype) - top_q) / temperature
+    z_p = (target.to(rows.dtype) - top_p) / temperature
+    p, factor = z_p.exp() * norm_p, grad * (temperature / len(logits))
     grad_logits, grad_target = logits.new_empty(0), target.new_empty(0)
     if need_logits:
-        g = torch.where(weight > 0, (log_q.exp() - p) * factor, 0)
+        g = torch.where(weight > 0, (z_q.exp() * norm_q - p) * factor, 0)
         if mapping is not None:
             g = g.new_zeros(logits.shape).index_add_(1, mapping, g)
         grad_logits = g.to(logits.dtype)
     if need_target:
-        g = p * (log_p - log_q - kl) * factor
+        g = p * (z_p - z_q - mean) * factor
         grad_target = torch.where((weight > 0) & (p != 0), g, 0).to(target.dtype)
     return grad_logits, grad_target
 

@@ -77,7 +77,7 @@ def _mapped_kl_fwd_kernel(
     mapping_ptr,  # (Kb,) int64 where HAS_MAPPING
     loss_ptr,  # (row_programs,) fp32
     agreement_ptr,  # (row_programs,) int64
-    rows_ptr,  # (6, N) fp32: top and log-total of q, of p, KL, weight
+    rows_ptr,  # (6, N) fp32: top and 1/Σe of q, of p, mean of z_p - z_q under p, weight
     inverse_ptr,  # (Ka,) int64 where INVERT, zeros before
     n_rows, ka, kb, row_programs,
     stride_logits_row, stride_logits_col, stride_target_row, stride_target_col,
@@ -133,7 +133,8 @@ def _mapped_kl_fwd_kernel(
             sum_p, sum_q, cross = _terms(t, s, top_p, top_q, inverse_temperature)
         agrees = first_p == first_q
         # The log of the ratio is small and exact where two logs would cancel.
-        kl = cross / sum_p + tl.log(sum_q / sum_p)
+        mean = cross / sum_p
+        kl = mean + tl.log(sum_q / sum_p)
         weight = tl.full((ROWS,), 1.0, tl.float32)
         if ONLY_AGREEING:
             weight = tl.where(agrees | (kl != kl), 1.0, 0.0)
@@ -142,10 +143,10 @@ def _mapped_kl_fwd_kernel(
         agreement = tl.sum((agrees & m_row).to(tl.int32), axis=0)
         tl.store(agreement_ptr + pid, agreement.to(tl.int64))
         tl.store(rows_ptr + row, top_q, mask=m_row)
-        tl.store(rows_ptr + n_rows + row, tl.log(sum_q), mask=m_row)
+        tl.store(rows_ptr + n_rows + row, 1 / sum_q, mask=m_row)
         tl.store(rows_ptr + 2 * n_rows + row, top_p, mask=m_row)
-        tl.store(rows_ptr + 3 * n_rows + row, tl.log(sum_p), mask=m_row)
-        tl.store(rows_ptr + 4 * n_rows + row, kl, mask=m_row)
+        tl.store(rows_ptr + 3 * n_rows + row, 1 / sum_p, mask=m_row)
+        tl.store(rows_ptr + 4 * n_rows + row, mean, mask=m_row)
         tl.store(rows_ptr + 5 * n_rows + row, weight, mask=m_row)
     elif INVERT:
         _invert(pid - row_programs, mapping_ptr, inverse_ptr, ka, kb, INVERT_BLOCK)
@@ -172,19 +173,20 @@ def _mapped_kl_sum_kernel(
 
 @dispatch.jit
 def _pull(
-    q, inverse, o_a, target_row, mapping_ptr, kb, stride, top_p, total_p, inverse_temperature
+    q, inverse, o_a, target_row, mapping_ptr, kb, stride, top_p, norm_p, inverse_temperature
 ):
     """Σ_{j: mapping[j] = c} (q_c - p_j) for classes c = o_a of the mapped side."""
     repeats = (inverse >> 32)[None, :]
     at = target_row + (inverse & 4294967295)[None, :] * stride
     t = tl.load(at, mask=repeats == 1, other=-float("inf")).to(tl.float32)
-    pulled = tl.where(repeats == 1, q - tl.exp((t - top_p) * inverse_temperature - total_p), 0.0)
+    pulled = tl.where(repeats == 1, q - tl.exp((t - top_p) * inverse_temperature) * norm_p, 0.0)
     if tl.max(inverse, axis=0) >= 8589934592:
         # A class of this block stands for several target classes: add those up in order.
         summed = tl.zeros(pulled.shape, tl.float32)
         at_j = target_row
         for j in range(kb):
-            p_j = tl.exp((tl.load(at_j).to(tl.float32) - top_p) * inverse_temperature - total_p)
+            t_j = tl.load(at_j).to(tl.float32)
+            p_j = tl.exp((t_j - top_p) * inverse_temperature) * norm_p
             hit = tl.load(mapping_ptr + j) == o_a
             summed += tl.where(hit[None, :], q - p_j, 0.0)
             at_j += stride
@@ -216,10 +218,10 @@ def _mapped_kl_bwd_kernel(
     m_row = (o_row < n_rows)[:, None]
     row = tl.minimum(o_row, n_rows - 1).to(tl.int64)
     top_q = tl.load(rows_ptr + row)[:, None]
-    total_q = tl.load(rows_ptr + n_rows + row)[:, None]
+    norm_q = tl.load(rows_ptr + n_rows + row)[:, None]
     top_p = tl.load(rows_ptr + 2 * n_rows + row)[:, None]
-    total_p = tl.load(rows_ptr + 3 * n_rows + row)[:, None]
-    kl = tl.load(rows_ptr + 4 * n_rows + row)[:, None]
+    norm_p = tl.load(rows_ptr + 3 * n_rows + row)[:, None]
+    mean = tl.load(rows_ptr + 4 * n_rows + row)[:, None]
     counted = tl.load(rows_ptr + 5 * n_rows + row)[:, None] > 0
     factor = tl.load(grad_ptr).to(tl.float32) * scale
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -229,16 +231,16 @@ def _mapped_kl_bwd_kernel(
             stride_logits_row, stride_logits_col, stride_target_row, stride_target_col,
             HAS_MAPPING,
         )  # fmt: skip
-        log_p = (t - top_p) * inverse_temperature - total_p
-        log_q = (s - top_q) * inverse_temperature - total_q
-        p = tl.exp(log_p)
+        z_p = (t - top_p) * inverse_temperature
+        z_q = (s - top_q) * inverse_temperature
+        p = tl.exp(z_p) * norm_p
         m_b = m_row & (o < kb)[None, :]
         if NEED_TARGET:
-            g_t = tl.where(counted & (p != 0), p * (log_p - log_q - kl) * factor, 0.0)
+            g_t = tl.where(counted & (p != 0), p * (z_p - z_q - mean) * factor, 0.0)
             at_t = grad_target_ptr + row[:, None] * kb + o[None, :]
             tl.store(at_t, g_t.to(grad_target_ptr.dtype.element_ty), mask=m_b)
         if NEED_LOGITS and not HAS_MAPPING:
-            g_s = tl.where(counted, (tl.exp(log_q) - p) * factor, 0.0)
+            g_s = tl.where(counted, (tl.exp(z_q) * norm_q - p) * factor, 0.0)
             at_s = grad_logits_ptr + row[:, None] * ka + o[None, :]
             tl.store(at_s, g_s.to(grad_logits_ptr.dtype.element_ty), mask=m_b)
     if NEED_LOGITS and HAS_MAPPING:
@@ -246,11 +248,11 @@ def _mapped_kl_bwd_kernel(
         at = logits_ptr + row[:, None] * stride_logits_row
         at += (o.to(tl.int64) * stride_logits_col)[None, :]
         own = tl.load(at, mask=m_a[None, :], other=-float("inf")).to(tl.float32)
-        q = tl.exp((own - top_q) * inverse_temperature - total_q)
+        q = tl.exp((own - top_q) * inverse_temperature) * norm_q
         inverse = tl.load(inverse_ptr + o, mask=m_a, other=0)
         target_row = target_ptr + row[:, None] * stride_target_row
         pulled = _pull(
-            q, inverse, o, target_row, mapping_ptr, kb, stride_target_col, top_p, total_p,
+            q, inverse, o, target_row, mapping_ptr, kb, stride_target_col, top_p, norm_p,
             inverse_temperature,
         )  # fmt: skip
         g_a = tl.where(counted, pulled * factor, 0.0)
