@@ -55,9 +55,9 @@ def bn_match_eager(
 ) -> BnMatch:
     """The same in plain torch, with its gradient written out.
 
-    Autograd through the formulas keeps three more tensors of x's size and passes over them a dozen
-    times; written out, forward and backward together took 0.25–0.4 of that time (measured on one
-    core, fp32, ResNet-18's layers at batch 128).
+    Measured on one core, fp32, batches of 64 to 400 of 4 × 4 to 64 × 64: forward + backward take
+    1.1 to 2.1 times the BatchNorm alone and 0.26 to 0.5 of the built-ins and autograd for the
+    three results; on 1 × 1 images 4 times and 1.0.
     """
     rows = x.shape[0] if rows is None else rows
     return BnMatch(*_Twin.apply(x, running_mean, running_var, weight, bias, eps, rows, relu))
@@ -82,7 +82,9 @@ def _forward_eager(
     squares = torch.linalg.vector_norm(centred[:rows], dim=(2, 3)).square()
     delta = offsets[:rows].mean(0)
     excess = squares.mean(0) / pixels - delta.square() - var
-    loss, slopes = _loss_and_slopes(delta, excess, rows * pixels)
+    from_mean, from_var = delta.norm(), excess.norm()
+    by_mean = torch.where(from_mean > 0, delta / (from_mean * rows * pixels), 0.0)
+    by_var = torch.where(from_var > 0, excess * 2 / (from_var * rows * pixels), 0.0)
     output = centred.mul_(_scale(var, weight, eps)[:, None, None])
     if bias is not None:
         output = output.add_(bias.to(acc)[:, None, None])
@@ -93,20 +95,13 @@ def _forward_eager(
         # torch 2.11 traces an autograd.Function whose result was made in place without that
         # result's gradient; 2.15 does not, and Inductor fuses the copy away.
         output = output.clone()
-    return output, loss, offsets + shift, slopes
+    slopes = torch.stack([delta, by_mean, by_var])
+    return output, from_mean + from_var, offsets + shift, slopes
 
 
 def _scale(running_var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     inverse = (running_var + eps).rsqrt()
     return inverse if weight is None else inverse * weight.to(inverse.dtype)
-
-
-def _loss_and_slopes(delta: Tensor, excess: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """delta, excess (C,): mean and variance less their targets → loss (), slopes (3, C)."""
-    from_mean, from_var = delta.norm(), excess.norm()
-    by_mean = torch.where(from_mean > 0, delta / (from_mean * count), 0.0)
-    by_var = torch.where(from_var > 0, excess * 2 / (from_var * count), 0.0)
-    return from_mean + from_var, torch.stack([delta, by_mean, by_var])
 
 
 def _backward_eager(

@@ -210,14 +210,29 @@ def dense(x: Tensor) -> tuple[Tensor, bool]:
     return x.contiguous(), False
 
 
-def _blocks(channels: int, pixels: int, channels_last: bool) -> dict[str, int]:
-    """Channels × pixels of a program, at least two channels unless there is but one."""
-    all_c, all_p = triton.next_power_of_2(channels), triton.next_power_of_2(pixels)
+def _meta(
+    x: Tensor, channels_last: bool, weight: Tensor | None, bias: Tensor | None, relu: bool
+) -> dict[str, int]:
+    """What both kernels are specialised by; BLOCK_C × BLOCK_P is a program's share of x."""
+    all_c = triton.next_power_of_2(x.shape[1])
+    all_p = triton.next_power_of_2(x.shape[2] * x.shape[3])
     if channels_last:
         block_c = min(all_c, LINE_CHANNELS)
-        return {"BLOCK_C": block_c, "BLOCK_P": min(all_p, TILE // block_c)}
-    block_p = min(all_p, TILE // 2)
-    return {"BLOCK_C": min(all_c, MAX_CHANNELS, TILE // block_p), "BLOCK_P": block_p}
+        block_p = min(all_p, TILE // block_c)
+    else:
+        block_p = min(all_p, TILE // 2)
+        block_c = min(all_c, MAX_CHANNELS, TILE // block_p)
+    present = {"WEIGHT": weight is not None, "BIAS": bias is not None, "RELU": relu}
+    layout = {"CHANNELS_LAST": channels_last, "BLOCK_C": block_c, "BLOCK_P": block_p}
+    return present | layout | {"num_warps": NUM_WARPS}
+
+
+def _pointers(
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> list[Tensor]:
+    """The layer's vectors; in the place of an absent one stands one that is not read."""
+    layer = (running_mean, running_var, weight, bias)
+    return [(running_var if vector is None else vector).contiguous() for vector in layer]
 
 
 def launch_fwd(
@@ -230,48 +245,29 @@ def launch_fwd(
     rows: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """output, loss, image_means and the slopes the backward starts from."""
     x, channels_last = dense(x)
     output, loss, image_means, slopes = empty_results(x)
     count, channels, pixels = len(x), x.shape[1], x.shape[2] * x.shape[3]
     chunk_images = triton.cdiv(count, CHUNKS)
     chunks = triton.cdiv(count, chunk_images)
     sums = image_means.new_empty(chunks, 2, channels)
-    blocks = _blocks(channels, pixels, channels_last)
+    meta = _meta(x, channels_last, weight, bias, relu)
     dispatch.launch(
         _bn_match_fwd_kernel,
-        (chunks, triton.cdiv(channels, blocks["BLOCK_C"])),
+        (chunks, triton.cdiv(channels, meta["BLOCK_C"])),
         x,
-        running_mean,
-        running_var,
-        running_var if weight is None else weight,
-        running_var if bias is None else bias,
-        output,
-        image_means,
-        sums,
-        count,
-        channels,
-        pixels,
-        rows,
-        chunk_images,
-        eps,
-        CHANNELS_LAST=channels_last,
-        WEIGHT=weight is not None,
-        BIAS=bias is not None,
-        RELU=relu,
-        **blocks,
-        num_warps=NUM_WARPS,
+        *_pointers(running_mean, running_var, weight, bias),
+        *(output, image_means, sums),
+        *(count, channels, pixels, rows, chunk_images, eps),
+        **meta,
     )
     block_c = triton.next_power_of_2(channels)
     dispatch.launch(
         _bn_match_loss_kernel,
         (1,),
-        sums,
-        running_var,
-        loss,
-        slopes,
-        chunks,
-        channels,
-        float(rows * pixels),
+        *(sums, running_var.contiguous(), loss, slopes),
+        *(chunks, channels, float(rows * pixels)),
         BLOCK_K=max(1, min(triton.next_power_of_2(chunks), LOSS_TILE // block_c)),
         BLOCK_C=block_c,
         num_warps=LOSS_WARPS,
@@ -293,44 +289,31 @@ def launch_bwd(
     rows: int,
     relu: bool,
 ) -> Tensor:
+    """dx, laid out as x; a cotangent that is None is not read."""
     x, channels_last = dense(x)
     grad = torch.empty_like(x)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    if grad_output is not None:
-        grad_output = grad_output.contiguous(memory_format=layout)
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    blocks = _blocks(channels, pixels, channels_last)
-    grid = (
-        len(x),
-        triton.cdiv(channels, blocks["BLOCK_C"]),
-        triton.cdiv(pixels, blocks["BLOCK_P"]),
+    meta = _meta(x, channels_last, weight, bias, relu)
+    blocks_c, blocks_p = (
+        triton.cdiv(channels, meta["BLOCK_C"]),
+        triton.cdiv(pixels, meta["BLOCK_P"]),
     )
     dispatch.launch(
         _bn_match_bwd_kernel,
-        grid,
-        x if grad_output is None else grad_output,
+        (len(x), blocks_c, blocks_p),
+        x if grad_output is None else grad_output.contiguous(memory_format=layout),
         slopes if grad_loss is None else grad_loss,
         slopes if grad_means is None else grad_means,
         x,
-        running_mean,
-        running_var,
-        running_var if weight is None else weight,
-        running_var if bias is None else bias,
-        slopes,
-        grad,
-        channels,
-        pixels,
-        rows,
+        *_pointers(running_mean, running_var, weight, bias),
+        *(slopes, grad),
+        *(channels, pixels, rows),
         *((0, 0) if grad_means is None else grad_means.stride()),
         eps,
         GRAD_OUTPUT=grad_output is not None,
         GRAD_LOSS=grad_loss is not None,
         GRAD_MEANS=grad_means is not None,
-        CHANNELS_LAST=channels_last,
-        WEIGHT=weight is not None,
-        BIAS=bias is not None,
-        RELU=relu,
-        **blocks,
-        num_warps=NUM_WARPS,
+        **meta,
     )
     return grad
