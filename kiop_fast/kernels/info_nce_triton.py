@@ -33,11 +33,14 @@ def _valid_keys(num_keys_ptr, n_keys, HAS_NUM_KEYS: tl.constexpr):
 
 @dispatch.jit
 def _finish(
-    top, total, positive, mixed, pid, row, m_row, o_d, m_d,
+    top, total, positive, mixed, pid, row, m_row, n_queries, o_d, m_d,
     keys_ptr, weights_ptr, loss_ptr, direction_ptr, stride_k, D: tl.constexpr,
     NEED_DIRECTION: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rows' loss and O - k_i from the maximum, Σ e, the positive logit and Σ e·k."""
+    """Loss and O - k_i of these rows, from the maximum, Σ e, the positive logit and Σ e·k.
+
+    m_row: the rows that count; the others' loss and direction are 0.
+    """
     weight = tl.load(weights_ptr + row, mask=m_row, other=0.0).to(tl.float32)
     top = tl.where(m_row, top, 0.0)
     total = tl.where(m_row, total, 1.0)
@@ -49,7 +52,8 @@ def _finish(
         k = tl.load(keys_ptr + row[:, None] * stride_k + o_d[None, :], mask=m_tile, other=0.0)
         direction = tl.where(m_row[:, None], mixed / total[:, None] - k.to(tl.float32), 0.0)
         at = direction_ptr + row[:, None] * D + o_d[None, :]
-        tl.store(at, direction.to(direction_ptr.dtype.element_ty), mask=m_tile)
+        m_out = (row < n_queries)[:, None] & m_d[None, :]
+        tl.store(at, direction.to(direction_ptr.dtype.element_ty), mask=m_out)
 
 
 @dispatch.jit
@@ -112,7 +116,7 @@ def _info_nce_fwd_kernel(
         top = new_top
     if ONE_SHARE:
         _finish(
-            top, total, positive, mixed, pid, row, m_row, o_d, m_d,
+            top, total, positive, mixed, pid, row, m_row, n_queries, o_d, m_d,
             keys_ptr, weights_ptr, loss_ptr, direction_ptr, stride_k, D, NEED_DIRECTION,
         )  # fmt: skip
     else:
@@ -170,7 +174,7 @@ def _info_nce_merge_kernel(
             mixed += part * grow[:, None]
             at_mixed += n_queries * D
     _finish(
-        top, total, positive, mixed, pid, row, m_row, o_d, m_d,
+        top, total, positive, mixed, pid, row, m_row, n_queries, o_d, m_d,
         keys_ptr, weights_ptr, loss_ptr, direction_ptr, stride_k, D, NEED_DIRECTION,
     )  # fmt: skip
 

@@ -1,28 +1,33 @@
 """Compiles what the launchers would launch, without a GPU.
 
-``python ahead_of_time.py CAPABILITY OPERATION...`` (a process of its own: the Triton cache is
-private and ``dispatch.launch`` is replaced) prints one JSON line a kernel:
-``{"operation", "kernel", "dtype", "capability", "registers", "spills", "shared"}``, the first two
-numbers from ``ptxas -v``.  Launchers are called with meta tensors in the sizes of the paper's
-setting, so exactly the default configurations are compiled.
+``python ahead_of_time.py CAPABILITY [--first] [--kept FILE] [OPERATION ...]`` prints one JSON line a
+kernel: ``{"operation", "dtype", "capability", "kernel", "registers", "spills", "shared"}``,
+registers and spilled bytes from ``ptxas -v``.  It runs in a process of its own, for it replaces
+``dispatch.launch`` and calls the launchers with meta tensors in the sizes of the paper's setting:
+exactly the default configurations are compiled.  ``--first`` compiles only the first launch of each
+kernel, dtype and precision.  ``--kept`` names a file of results: what neither a kernel's source nor
+Triton has changed since is read from it.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import hashlib
 import io
 import json
 import os
 import re
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from kiop_fast.kernels import dispatch
@@ -141,11 +146,8 @@ def record(operation: str, dtype: torch.dtype) -> list[Launch]:
     return recorded
 
 
-def compile_launch(launch: Launch, capability: int) -> dict[str, Any] | None:
-    """One launch compiled for one architecture, specialised as Triton's own launch would.
-
-    None: the very same specialisation was compiled before, and Triton took it from its cache.
-    """
+def specialise(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """Source and options as Triton's own launch would choose them from the arguments."""
     kernel, args, keywords = launch
     options = dispatch.COMPILE_OPTIONS | {
         k: v for k, v in keywords.items() if k not in kernel.arg_names
@@ -164,36 +166,71 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any] | None:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes), options
+
+
+def compile_one(source: ASTSource, options: dict[str, Any], capability: int) -> dict[str, Any]:
+    """Registers, spilled bytes and shared memory of one kernel on one architecture."""
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    if not log.getvalue():
-        return None
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     registers = re.findall(r"Used (\d+) registers", log.getvalue())
     if not registers or not spills:
-        raise RuntimeError(f"no ptxas -v report for {kernel.fn.__name__}:\n{log.getvalue()}")
+        raise RuntimeError(f"no ptxas -v report for {source.name}:\n{log.getvalue()}")
     return {
-        "kernel": kernel.fn.__name__,
+        "kernel": source.name,
         "registers": max(map(int, registers)),
         "spills": sum(map(int, spills)),
         "shared": compiled.metadata.shared,
     }
 
 
-def main(capability: int, operations: list[str]) -> None:
+def rows(
+    capability: int, operations: list[str], first: bool, kept: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, result), each specialisation once; ``kept`` is read and grows."""
+    done = set()
+    for operation in operations or list(OPERATIONS):
+        for dtype_name, dtype in DTYPES.items():
+            for launch in record(operation, dtype):
+                source, options = specialise(launch)
+                key = f"{triton.__version__} {capability} {source.hash()} {sorted(options.items())}"
+                key = hashlib.sha256(key.encode()).hexdigest()
+                group = (source.name, dtype_name, launch[2].get("PRECISION"))
+                if key in done or (first and group in done):
+                    continue
+                done |= {key, group}
+                if key not in kept:
+                    kept[key] = compile_one(source, options, capability)
+                where = {"operation": operation, "dtype": dtype_name, "capability": capability}
+                yield key, where | kept[key]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capability", type=int)
+    parser.add_argument("operations", nargs="*")
+    parser.add_argument("--first", action="store_true")
+    parser.add_argument("--kept", type=Path)
+    asked = parser.parse_args()
+    try:
+        get_ptxas(asked.capability)
+    except RuntimeError as error:
+        print(json.dumps({"missing": str(error)}))
+        return
+    kept = json.loads(asked.kept.read_text()) if asked.kept and asked.kept.exists() else {}
+    used = {}
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
         triton.knobs.nvidia.dump_ptxas_log = True
-        for operation in operations or list(OPERATIONS):
-            for dtype_name, dtype in DTYPES.items():
-                for launch in record(operation, dtype):
-                    row = {"operation": operation, "dtype": dtype_name, "capability": capability}
-                    if compiled := compile_launch(launch, capability):
-                        print(json.dumps(row | compiled), flush=True)
+        for key, row in rows(asked.capability, asked.operations, asked.first, kept):
+            used[key] = kept[key]
+            print(json.dumps(row), flush=True)
+    if asked.kept:
+        asked.kept.write_text(json.dumps(used))
 
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
-    main(int(sys.argv[1]), sys.argv[2:])
+    main()

@@ -37,7 +37,7 @@ def test_kernels_in_the_interpreter() -> None:
     run = subprocess.run(
         [
             sys.executable,
-            *("-m", "pytest", "-k", "test_kernel_", "-q", "-p", "no:cacheprovider", "-rs"),
+            *("-m", "pytest", "-k", "test_kernel_", "-p", "no:cacheprovider", "-rs"),
             *("--durations=5", "-W", "ignore:.*encountered in:RuntimeWarning"),
             *files,
         ],
