@@ -168,6 +168,21 @@ def test_only_x_gets_a_gradient() -> None:
     assert all(leaf.grad is None for leaf in leaves[1:])
 
 
+@pytest.mark.parametrize("function", [bn_match, operator])
+def test_output_may_be_changed_in_place(function: Any) -> None:
+    """As the nn.ReLU(inplace=True) behind most BatchNorm layers does."""
+
+    def then_relu(*args: Any, relu: bool, **options: Any) -> BnMatch:
+        match = function(*args, **options)
+        return match._replace(output=F.relu_(match.output))
+
+    inputs, options = make("channels-last, rows < N")
+    got = with_gradient(then_relu, inputs, options, (0, 1, 2))
+    expected = with_gradient(built_in, inputs, options, (0, 1, 2))
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("case", ["channels-last, rows < N", "no affine", "every second channel"])
 def test_operator_passes_opcheck(case: str) -> None:
     (x, *layer), options = make(case, torch.float32)
