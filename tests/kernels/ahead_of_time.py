@@ -1,7 +1,7 @@
 """Compiles what the launchers would launch, without a GPU.
 
-``python ahead_of_time.py CAPABILITY [--first] [--kept FILE] [OPERATION ...]`` prints one JSON line a
-kernel: ``{"operation", "dtype", "capability", "kernel", "registers", "spills", "shared"}``,
+``python ahead_of_time.py CAPABILITY [--first] [--kept FILE] [OPERATION ...]`` prints one JSON line
+a kernel: ``{"operation", "dtype", "capability", "kernel", "registers", "spills", "shared"}``,
 registers and spilled bytes from ``ptxas -v``.  It runs in a process of its own, for it replaces
 ``dispatch.launch`` and calls the launchers with meta tensors in the sizes of the paper's setting:
 exactly the default configurations are compiled.  ``--first`` compiles only the first launch of each
