@@ -75,8 +75,8 @@ class SynthesisConfig:
 
     batch: int = 64  # images a call
     calls: int = 1  # calls a task and epoch
-    calls_of_a: int = 0  # the same for A's own task; 0: as the others
     epochs: int = 0  # epochs that synthesize, then the banks stay; 0: all
+    epochs_of_a: int = 0  # the same for A's own task alone; 0: as the others
     steps: int = 200  # generator steps a call (paper's rounds, upstream --g_steps)
     lr: float = 0.01  # Adam, generator, latent and head (upstream --lr_g)
     beta1: float = 0.5
@@ -100,12 +100,17 @@ class SynthesisConfig:
     grey: bool = True  # grey data: a one-channel generator (False: RGB, averaged when stored)
     normaliser: str = "own"  # own | provider: statistics that normalise A's synthetic images
 
+    def epochs_for(self, *, own_task: bool, epochs: int) -> int:
+        """Epochs of a run of ``epochs`` in which a task (A's own or not) synthesizes."""
+        limit = (own_task and self.epochs_of_a) or self.epochs or epochs
+        return min(limit, epochs)
+
     def __post_init__(self) -> None:
         for name in ("batch", "calls", "steps", "latent", "width", "head_dim", "negatives",
                      "bank_rows"):  # fmt: skip
             value = getattr(self, name)
             _require(value >= 1, f"synthesis.{name} is too small", value, "at least 1")
-        for name in ("pad", "head_width", "epochs", "calls_of_a"):
+        for name in ("pad", "head_width", "epochs", "epochs_of_a"):
             value = getattr(self, name)
             _require(value >= 0, f"synthesis.{name} is negative", value, "0 or more")
         _require(self.lr > 0, "synthesis.lr", self.lr, "a positive rate")

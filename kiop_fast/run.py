@@ -117,18 +117,16 @@ class Run:
             the tensors to add to its bank on disk.
         """
         period, losses, made = self.config.synthesis, {}, {}
-        if period.epochs and epoch >= period.epochs:
-            return {}, {}
-        for task in (task for task in self.tasks if task.synthesizer is not None):
+        for task in (task for task in self.tasks if epoch < task.epochs):
             rows, results = [], []
-            for call in range(task.calls):
+            for call in range(period.calls):
                 drawn = draw_synthesis(
                     period, task.source, self.config.side, seed=self.config.seed, epoch=epoch,
                     task=task.name, call=call, stored=task.synthesizer.features.stored,
                 )  # fmt: skip
                 stage = f"epoch {epoch + 1}/{self.config.epochs}  synthesize {task.name}"
                 on_step = _reporter(progress, stage, call * period.steps,
-                                    task.calls * period.steps)  # fmt: skip
+                                    period.calls * period.steps)  # fmt: skip
                 with self._fixed():
                     result = task.synthesizer.synthesize(
                         drawn, self._student(task, epoch, call), task.mapping, on_step

@@ -32,7 +32,7 @@ class Task:
         weight: α or β of the transfer loss.
         bank: its images, in the engine's store.
         synthesizer: makes them; None where real data stands in (mode b).
-        calls: of the synthesizer, an epoch.
+        epochs: in which it makes them, from the first on.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Task:
     weight: float
     bank: Any
     synthesizer: Any
-    calls: int = 0
+    epochs: int = 0
 
 
 # The statistics that the authors' scripts normalise synthetic images with, where these differ
@@ -124,16 +124,16 @@ def _task(
         return Task(name, source, depth, mapping, weight, bank, None)
     batchnorm_layers(source.model)
     period = config.synthesis
-    calls = (source is sources.target and period.calls_of_a) or period.calls
-    made = min(period.epochs or config.epochs, config.epochs) * calls * period.batch
+    own = source is sources.target
+    epochs = period.epochs_for(own_task=own, epochs=config.epochs)
     synthesizer = engine.synthesizer(
         source, period, synthesis_normaliser(config, sources, source), side=config.side,
-        bank_rows=min(period.bank_rows, made),
+        bank_rows=min(period.bank_rows, epochs * period.calls * period.batch),
         seed=config.seed, task=name, device=device,
     )  # fmt: skip
     channels = generator_channels(period, source)
     bank = engine.image_bank(channels, config.side, device, scratch / name)
-    return Task(name, source, depth, mapping, weight, bank, synthesizer, calls)
+    return Task(name, source, depth, mapping, weight, bank, synthesizer, epochs)
 
 
 def _unique_names(sources: list[Source]) -> list[str]:
