@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "providers": ["resnet8@digits"],
         "side": 16,
         "epochs": 4,
-        "prompt": {"rings": [20, 28], "mapping": "iterative"},
+        "prompt": {"rings": [20, 32], "mapping": "iterative"},
         "synthesis": {
             "epochs_of_a": 1, "batch": 256, "steps": 80, "lr": 0.015, "width": 32, "adv": 0.0,
             "head_width": 256, "negatives": 256, "pad": 1, "scale": [0.6, 1.0], "flip": 0.0,
