@@ -10,15 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kiop_fast.config import (
-    PretrainConfig,
-    RunConfig,
-    from_dict,
-    load_toml,
-    merge,
-    override,
-    parse_overrides,
-)
+from kiop_fast.config import PretrainConfig, RunConfig
+from kiop_fast.config_io import from_dict, load_toml, merge, override, parse_overrides
 from kiop_fast.errors import ConfigError, SourceError
 from kiop_fast.presets import preset
 from kiop_fast.runtime.progress import Progress, make_progress
@@ -206,7 +199,7 @@ def presets_text(name: str | None) -> str:
     """All settings of a preset as TOML, or what each preset sets."""
     import tomli_w
 
-    from kiop_fast.config import dump_toml
+    from kiop_fast.config_io import dump_toml
     from kiop_fast.presets import PRESETS
 
     if name is not None:

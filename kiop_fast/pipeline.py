@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from kiop_fast.config import RunConfig, dump_toml, to_dict
+from kiop_fast.config import RunConfig, to_dict
+from kiop_fast.config_io import dump_toml
 from kiop_fast.deliver.evaluate import source_accuracy, task_accuracy
 from kiop_fast.errors import ArtefactError, ConfigError
 from kiop_fast.prompt.artefact import (
@@ -20,9 +21,10 @@ from kiop_fast.prompt.artefact import (
     load_prompt,
     save_prompt,
 )
-from kiop_fast.run import Progress, Run
+from kiop_fast.run import Run
 from kiop_fast.runtime.device import choose_device, use_threads
 from kiop_fast.runtime.files import save_tensors
+from kiop_fast.runtime.progress import Progress
 from kiop_fast.runtime.run_folder import RunFolder
 from kiop_fast.runtime.versions import versions
 from kiop_fast.source.classifier import with_original_classifier

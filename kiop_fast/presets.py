@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kiop_fast.config import RunConfig, from_dict
+from kiop_fast.config import RunConfig
+from kiop_fast.config_io import from_dict
 from kiop_fast.errors import ConfigError, unknown_name
 
 _PAPER: dict[str, Any] = {"target": "resnet18@cifar100", "providers": ["resnet18@mnist"]}

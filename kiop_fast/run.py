@@ -13,24 +13,23 @@ from torch import Tensor, nn
 
 from kiop_fast.config import RunConfig
 from kiop_fast.engine import engine
-from kiop_fast.errors import NonFiniteLossError
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
 from kiop_fast.prompt.artefact import Artefact
 from kiop_fast.runtime import draws
+from kiop_fast.runtime.progress import Progress
 from kiop_fast.runtime.state import (
     load_module,
     load_optimizer,
     module_tensors,
     optimizer_tensors,
 )
+from kiop_fast.runtime.watch import check_finite, reporter
 from kiop_fast.source import DropoutDraws
 from kiop_fast.source.classifier import trainable_copy
 from kiop_fast.sources import Sources
 from kiop_fast.store import Term, draw_storing, learning_rate
 from kiop_fast.synthesize import TERMS, draw_synthesis
 from kiop_fast.tasks import Task, make_tasks
-
-Progress = Callable[..., None]
 
 
 class Run:
@@ -125,13 +124,13 @@ class Run:
                     task=task.name, call=call, stored=task.synthesizer.features.stored,
                 )  # fmt: skip
                 stage = f"epoch {epoch + 1}/{self.config.epochs}  synthesize {task.name}"
-                on_step = _reporter(progress, stage, call * period.steps,
+                on_step = reporter(progress, stage, call * period.steps,
                                     period.calls * period.steps)  # fmt: skip
                 with self._fixed():
                     result = task.synthesizer.synthesize(
                         drawn, self._student(task, epoch, call), task.mapping, on_step
                     )
-                _check_finite(result.losses, TERMS, epoch, task.name)
+                check_finite(result.losses, TERMS, epoch, task.name)
                 task.bank.add(result.images, result.targets)
                 rows.append(result.losses[result.best_step])
                 results.append(result)
@@ -212,10 +211,10 @@ class Run:
             for task in self.tasks
         }  # fmt: skip
         stage = f"epoch {epoch + 1}/{self.config.epochs}  store"
-        on_step = _reporter(progress, stage, 0, config.steps)
+        on_step = reporter(progress, stage, 0, config.steps)
         log = self.engine.store(self._terms(epoch), drawn, self.optimizer, config.steps, on_step)
         names = [task.name for task in self.tasks]
-        _check_finite(log[:, : len(names)], [f"{name}.kl" for name in names], epoch, "storing")
+        check_finite(log[:, : len(names)], [f"{name}.kl" for name in names], epoch, "storing")
         mean = log.mean(dim=0).tolist()
         losses = {f"{name}.kl": mean[i] for i, name in enumerate(names)}
         agreement = {name: mean[len(names) + i] for i, name in enumerate(names)}
@@ -284,30 +283,3 @@ class Run:
             for made in bank(task.name):
                 task.bank.add(made["images"], made["targets"])
                 task.synthesizer.features.add(made["features"])
-
-
-def _reporter(
-    progress: Progress | None, stage: str, before: int, total: int
-) -> Callable[[int, Tensor], None] | None:
-    """Tell ``progress`` about every tenth step; None where nobody listens."""
-    if progress is None:
-        return None
-
-    def on_step(done: int, loss: Tensor) -> None:
-        if done % 10 == 0 or before + done == total:
-            progress(stage, before + done, total, loss=float(loss))
-
-    return on_step
-
-
-def _check_finite(losses: Tensor, terms: Iterable[str], epoch: int, task: str) -> None:
-    bad = ~losses.isfinite()
-    if bad.any():
-        step = int(bad.any(dim=1).nonzero()[0])
-        names = [t for t, b in zip(terms, bad[step].tolist(), strict=False) if b]
-        raise NonFiniteLossError(
-            f"the loss of {task!r} is no longer finite",
-            got=f"epoch {epoch + 1}, step {step + 1}, term {names[0]}: {losses[step].tolist()}",
-            expected="finite loss terms",
-            fix="lower the learning rate or that term's weight; the last checkpoint is intact",
-        )

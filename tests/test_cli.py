@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import kiop_fast
 from kiop_fast import commands, pipeline
 from kiop_fast.cli import app
-from kiop_fast.config import RunConfig, dump_toml, from_dict, tomllib
+from kiop_fast.config import RunConfig
+from kiop_fast.config_io import dump_toml, from_dict, tomllib
 from kiop_fast.data import dataset
 from kiop_fast.errors import ConfigError
 from kiop_fast.presets import PRESETS, preset

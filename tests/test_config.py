@@ -9,16 +9,8 @@ from typing import Any
 
 import pytest
 
-from kiop_fast.config import (
-    RunConfig,
-    dump_toml,
-    from_dict,
-    load_toml,
-    merge,
-    override,
-    parse_overrides,
-    to_dict,
-)
+from kiop_fast.config import RunConfig, to_dict
+from kiop_fast.config_io import dump_toml, from_dict, load_toml, merge, override, parse_overrides
 from kiop_fast.errors import ConfigError
 from kiop_fast.presets import PRESETS, preset
 

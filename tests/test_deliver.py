@@ -16,7 +16,7 @@ from stand_ins import tiny_source
 from torch import Tensor, nn
 
 from kiop_fast import data
-from kiop_fast.config import dump_toml, override
+from kiop_fast.config_io import dump_toml, override
 from kiop_fast.data import Dataset, DatasetInfo, Split
 from kiop_fast.deliver import console
 from kiop_fast.deliver.evaluate import evaluate, source_accuracy, task_accuracy, untrained

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kiop_fast import data
-from kiop_fast.config import RunConfig, override
+from kiop_fast.config import RunConfig
+from kiop_fast.config_io import override
 from kiop_fast.errors import ConfigError, MappingError, NonFiniteLossError, RunError, SourceError
 from kiop_fast.pipeline import train
 from kiop_fast.presets import PRESETS, preset

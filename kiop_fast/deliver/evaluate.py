@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kiop_fast.config import BATCHNORM_POLICIES, PromptConfig, from_dict
+from kiop_fast.config import BATCHNORM_POLICIES, PromptConfig
+from kiop_fast.config_io import from_dict
 from kiop_fast.data import dataset
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping

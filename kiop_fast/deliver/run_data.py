@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kiop_fast.config import load_toml
+from kiop_fast.config_io import load_toml
 from kiop_fast.errors import RunError
 from kiop_fast.prompt.artefact import Artefact, load_prompt
 from kiop_fast.runtime.files import read_lines
