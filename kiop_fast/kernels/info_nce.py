@@ -9,6 +9,10 @@ Keys carry no gradient (upstream detaches them), so the gradient is attention wi
 gives the loss and O, nothing is recomputed and the (M, K) logits never exist.
 
     queries (M, D)   keys (K, D), M <= K   weights (M,)   num_keys () or (1,) integer   loss ()
+
+Bytes moved, b an element: forward reads (M + K)·D·b (keys again for every block of queries, from
+L2) and writes O - k, M·D·b; where the keys are split into S shares, S·M·(D + 3) fp32 come and go
+once more.  Backward reads O - k and writes the gradient, already times the loss's own cotangent.
 """
 
 from __future__ import annotations

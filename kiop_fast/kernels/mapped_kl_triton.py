@@ -19,30 +19,26 @@ from kiop_fast.kernels.dispatch import tl, triton
 
 MAX_CLASSES, MAX_BLOCK = 16384, 8192
 # Not measured on a GPU yet.  Up to ONE_PROGRAM elements, one program does all rows and no second
-# launch is needed; beyond, smaller tiles spread the rows over the multiprocessors.
+# launch is needed; beyond, smaller tiles spread the rows over the multiprocessors.  A thread holds
+# at most 16 elements of each tile: with more, the forward spills registers (ptxas).
 ONE_PROGRAM, TILE = 4096, 2048
-INVERT_BLOCK = 1024
-SUM_BLOCK = 1024
+INVERT_BLOCK = SUM_BLOCK = 1024
 
 
 @dispatch.jit
 def _load_both(
-    logits_ptr, target_ptr, mapping_ptr, row, o_b, ka, kb,
-    stride_logits_row, stride_logits_col, stride_target_row, stride_target_col,
-    HAS_MAPPING: tl.constexpr,
-):  # fmt: skip
+    logits_row, target_row, mapping_ptr, o_b, ka, kb, stride_l, stride_t, HAS_MAPPING: tl.constexpr
+):
     """(target, mapped logits) at rows × classes o_b in fp32, -inf from class kb on.
 
     A mapping index out of range is never read through: it gives NaN.
     """
     m_b = o_b < kb
-    at = target_ptr + row[:, None] * stride_target_row
-    at += (o_b.to(tl.int64) * stride_target_col)[None, :]
+    at = target_row + (o_b.to(tl.int64) * stride_t)[None, :]
     t = tl.load(at, mask=m_b[None, :], other=-float("inf")).to(tl.float32)
     o_a = tl.load(mapping_ptr + o_b, mask=m_b, other=0) if HAS_MAPPING else o_b
     m_a = (o_a >= 0) & (o_a < ka)
-    at = logits_ptr + row[:, None] * stride_logits_row
-    at += (o_a.to(tl.int64) * stride_logits_col)[None, :]
+    at = logits_row + (o_a.to(tl.int64) * stride_l)[None, :]
     s = tl.load(at, mask=(m_b & m_a)[None, :], other=-float("inf")).to(tl.float32)
     return t, tl.where((m_b & ~m_a)[None, :], float("nan"), s)
 
@@ -80,9 +76,8 @@ def _mapped_kl_fwd_kernel(
     rows_ptr,  # (6, N) fp32: top and 1/Σe of q, of p, mean of z_p - z_q under p, weight
     inverse_ptr,  # (Ka,) int64 where INVERT, zeros before
     n_rows, ka, kb, row_programs,
-    stride_logits_row, stride_logits_col, stride_target_row, stride_target_col,
-    inverse_temperature,
-    scale,
+    stride_logits_row, stride_l, stride_target_row, stride_t,
+    inverse_temperature, scale,
     HAS_MAPPING: tl.constexpr,
     INVERT: tl.constexpr,
     ONLY_AGREEING: tl.constexpr,
@@ -97,21 +92,20 @@ def _mapped_kl_fwd_kernel(
         m_row = o_row < n_rows
         # Rows past the end repeat the last one, so that no lane computes with rubbish.
         row = tl.minimum(o_row, n_rows - 1).to(tl.int64)
+        logits_row = logits_ptr + row[:, None] * stride_logits_row
+        target_row = target_ptr + row[:, None] * stride_target_row
         o_b = tl.arange(0, BLOCK_B)
         t, s = _load_both(
-            logits_ptr, target_ptr, mapping_ptr, row, o_b, ka, kb,
-            stride_logits_row, stride_logits_col, stride_target_row, stride_target_col,
-            HAS_MAPPING,
-        )  # fmt: skip
+            logits_row, target_row, mapping_ptr, o_b, ka, kb, stride_l, stride_t, HAS_MAPPING
+        )
         top_p, first_p = tl.max(t, axis=1), tl.argmax(t, axis=1)
         top_q, first_q = tl.max(s, axis=1), tl.argmax(s, axis=1)
         if CHUNKED:
             for start in range(BLOCK_B, kb, BLOCK_B):
+                o = start + o_b
                 t, s = _load_both(
-                    logits_ptr, target_ptr, mapping_ptr, row, start + o_b, ka, kb,
-                    stride_logits_row, stride_logits_col, stride_target_row, stride_target_col,
-                    HAS_MAPPING,
-                )  # fmt: skip
+                    logits_row, target_row, mapping_ptr, o, ka, kb, stride_l, stride_t, HAS_MAPPING
+                )
                 first_p = tl.where(tl.max(t, axis=1) > top_p, start + tl.argmax(t, axis=1), first_p)
                 first_q = tl.where(tl.max(s, axis=1) > top_q, start + tl.argmax(s, axis=1), first_q)
                 top_p = tl.maximum(top_p, tl.max(t, axis=1))
@@ -120,11 +114,10 @@ def _mapped_kl_fwd_kernel(
             sum_q = tl.zeros((ROWS,), tl.float32)
             cross = tl.zeros((ROWS,), tl.float32)
             for start in range(0, kb, BLOCK_B):
+                o = start + o_b
                 t, s = _load_both(
-                    logits_ptr, target_ptr, mapping_ptr, row, start + o_b, ka, kb,
-                    stride_logits_row, stride_logits_col, stride_target_row, stride_target_col,
-                    HAS_MAPPING,
-                )  # fmt: skip
+                    logits_row, target_row, mapping_ptr, o, ka, kb, stride_l, stride_t, HAS_MAPPING
+                )
                 more_p, more_q, more = _terms(t, s, top_p, top_q, inverse_temperature)
                 sum_p += more_p
                 sum_q += more_q
@@ -132,8 +125,8 @@ def _mapped_kl_fwd_kernel(
         else:
             sum_p, sum_q, cross = _terms(t, s, top_p, top_q, inverse_temperature)
         agrees = first_p == first_q
-        # The log of the ratio is small and exact where two logs would cancel.
         mean = cross / sum_p
+        # The log of the ratio is small and exact where two logs would cancel.
         kl = mean + tl.log(sum_q / sum_p)
         weight = tl.full((ROWS,), 1.0, tl.float32)
         if ONLY_AGREEING:
@@ -172,9 +165,7 @@ def _mapped_kl_sum_kernel(
 
 
 @dispatch.jit
-def _pull(
-    q, inverse, o_a, target_row, mapping_ptr, kb, stride, top_p, norm_p, inverse_temperature
-):
+def _pull(q, inverse, o_a, target_row, mapping_ptr, kb, stride, top_p, norm_p, inverse_temperature):
     """Σ_{j: mapping[j] = c} (q_c - p_j) for classes c = o_a of the mapped side."""
     repeats = (inverse >> 32)[None, :]
     at = target_row + (inverse & 4294967295)[None, :] * stride
@@ -205,9 +196,8 @@ def _mapped_kl_bwd_kernel(
     grad_logits_ptr,  # (N, Ka) where NEED_LOGITS
     grad_target_ptr,  # (N, Kb) where NEED_TARGET
     n_rows, ka, kb,
-    stride_logits_row, stride_logits_col, stride_target_row, stride_target_col,
-    inverse_temperature,
-    scale,
+    stride_logits_row, stride_l, stride_target_row, stride_t,
+    inverse_temperature, scale,
     HAS_MAPPING: tl.constexpr,
     NEED_LOGITS: tl.constexpr,
     NEED_TARGET: tl.constexpr,
@@ -224,13 +214,13 @@ def _mapped_kl_bwd_kernel(
     mean = tl.load(rows_ptr + 4 * n_rows + row)[:, None]
     counted = tl.load(rows_ptr + 5 * n_rows + row)[:, None] > 0
     factor = tl.load(grad_ptr).to(tl.float32) * scale
+    logits_row = logits_ptr + row[:, None] * stride_logits_row
+    target_row = target_ptr + row[:, None] * stride_target_row
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if NEED_TARGET or not HAS_MAPPING:
         t, s = _load_both(
-            logits_ptr, target_ptr, mapping_ptr, row, o, ka, kb,
-            stride_logits_row, stride_logits_col, stride_target_row, stride_target_col,
-            HAS_MAPPING,
-        )  # fmt: skip
+            logits_row, target_row, mapping_ptr, o, ka, kb, stride_l, stride_t, HAS_MAPPING
+        )
         z_p = (t - top_p) * inverse_temperature
         z_q = (s - top_q) * inverse_temperature
         p = tl.exp(z_p) * norm_p
@@ -245,16 +235,13 @@ def _mapped_kl_bwd_kernel(
             tl.store(at_s, g_s.to(grad_logits_ptr.dtype.element_ty), mask=m_b)
     if NEED_LOGITS and HAS_MAPPING:
         m_a = o < ka
-        at = logits_ptr + row[:, None] * stride_logits_row
-        at += (o.to(tl.int64) * stride_logits_col)[None, :]
+        at = logits_row + (o.to(tl.int64) * stride_l)[None, :]
         own = tl.load(at, mask=m_a[None, :], other=-float("inf")).to(tl.float32)
         q = tl.exp((own - top_q) * inverse_temperature) * norm_q
         inverse = tl.load(inverse_ptr + o, mask=m_a, other=0)
-        target_row = target_ptr + row[:, None] * stride_target_row
         pulled = _pull(
-            q, inverse, o, target_row, mapping_ptr, kb, stride_target_col, top_p, norm_p,
-            inverse_temperature,
-        )  # fmt: skip
+            q, inverse, o, target_row, mapping_ptr, kb, stride_t, top_p, norm_p, inverse_temperature
+        )
         g_a = tl.where(counted, pulled * factor, 0.0)
         at_a = grad_logits_ptr + row[:, None] * ka + o[None, :]
         tl.store(at_a, g_a.to(grad_logits_ptr.dtype.element_ty), mask=m_row & m_a[None, :])
@@ -270,6 +257,7 @@ def launch_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, agreement, rows (6, N), inverse (Ka,)); the last is empty unless ``invert``."""
     (n_rows, ka), kb = logits.shape, target.shape[1]
+    mapping = None if mapping is None else mapping.contiguous()
     block = min(MAX_BLOCK, max(16, triton.next_power_of_2(kb)))
     tile = ONE_PROGRAM if n_rows * block <= ONE_PROGRAM else TILE
     rows = min(triton.next_power_of_2(n_rows), max(1, tile // block))
@@ -285,9 +273,8 @@ def launch_fwd(
         n_rows, ka, kb, programs, *logits.stride(), *target.stride(),
         1 / temperature, temperature**2 / n_rows,
         HAS_MAPPING=mapping is not None, INVERT=invert, ONLY_AGREEING=only_agreeing,
-        ROWS=rows, BLOCK_B=block, CHUNKED=kb > block,
-        INVERT_BLOCK=INVERT_BLOCK,
-        num_warps=_warps(rows * block),
+        ROWS=rows, BLOCK_B=block, CHUNKED=kb > block, INVERT_BLOCK=INVERT_BLOCK,
+        num_warps=8 if rows * block <= 4096 else 16,
     )  # fmt: skip
     if programs == 1:
         return loss.view(()), agreement.view(()), statistics, inverse
@@ -312,6 +299,7 @@ def launch_bwd(
 ) -> tuple[Tensor, Tensor]:
     """(grad_logits, grad_target), each of size 0 unless needed."""
     (n_rows, ka), kb = logits.shape, target.shape[1]
+    mapping = None if mapping is None else mapping.contiguous()
     grad_logits = logits.new_empty((n_rows, ka) if need_logits else (0,))
     grad_target = target.new_empty((n_rows, kb) if need_target else (0,))
     columns = max(ka if need_logits else 0, kb if need_target else 0)
@@ -324,11 +312,6 @@ def launch_bwd(
         n_rows, ka, kb, *logits.stride(), *target.stride(), 1 / temperature,
         temperature / n_rows,
         HAS_MAPPING=mapping is not None, NEED_LOGITS=need_logits, NEED_TARGET=need_target,
-        ROWS=rows, BLOCK=block, num_warps=_warps(rows * block),
+        ROWS=rows, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return grad_logits, grad_target
-
-
-def _warps(elements: int) -> int:
-    """At most 16 elements of a tile a thread: with more, the forward spills registers (ptxas)."""
-    return 8 if elements <= 4096 else 16

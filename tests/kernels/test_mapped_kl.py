@@ -282,7 +282,9 @@ def test_kernel_takes_any_strides(dtype: torch.dtype) -> None:
     odd = [x.T.contiguous().T if k else x.repeat_interleave(2, 1)[:, ::2]
            for k, x in enumerate(inputs)]  # fmt: skip
     plain = results(call(mapped_kl, *rest), inputs, dtype, [0, 1])
-    for name, value in results(call(mapped_kl, *rest), odd, dtype, [0, 1]).items():
+    mapping = rest[0].repeat_interleave(2)[::2]  # type: ignore[union-attr]
+    assert not mapping.is_contiguous()
+    for name, value in results(call(mapped_kl, mapping, *rest[1:]), odd, dtype, [0, 1]).items():
         assert torch.equal(value, plain[name]), name
 
 
