@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
@@ -67,9 +68,20 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
         assert (ours_.std(0) / theirs_.std(0) - 1).abs().max() < 0.1
 
 
-def test_a_box_that_never_fits_becomes_the_whole_image() -> None:
-    boxes = draws.resized_crop_boxes(rng(), (3, 5), 8, (1.0, 1.0), (100.0, 101.0))
-    assert boxes.view(-1, 4).tolist() == [[0, 0, 8, 8]] * 15
+@pytest.mark.parametrize(
+    ("ratio", "size"),
+    [((2.0, 2.0), (4, 8)), ((0.25, 0.5), (8, 4)), ((100.0, 101.0), (1, 8))],
+)
+def test_a_box_that_never_fits_becomes_the_largest_of_an_allowed_ratio(
+    ratio: tuple[float, float], size: tuple[int, int]
+) -> None:
+    """The whole area at such a ratio is wider or higher than the image (8 pixels)."""
+    top, left, height, width = (
+        draws.resized_crop_boxes(rng(), (3, 5), 8, (1.0, 1.0), ratio).view(-1, 4).unbind(1)
+    )
+    assert set(zip(height.tolist(), width.tolist(), strict=True)) == {size}
+    assert int((top + height).max()) <= 8
+    assert int((left + width).max()) <= 8
 
 
 def test_permutations_cover_the_bank_before_repeating() -> None:
