@@ -391,9 +391,10 @@ def _edit_header(path: Path, **changes: object) -> None:
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
-    facts = header["__metadata__"]
+    facts = json.loads(header["__metadata__"]["kiop_fast"])
     for key, value in changes.items():
-        facts.pop(key) if value is None else facts.update({key: json.dumps(value)})
+        facts.pop(key) if value is None else facts.update({key: value})
+    header["__metadata__"]["kiop_fast"] = json.dumps(facts)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])

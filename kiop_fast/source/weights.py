@@ -37,18 +37,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            facts = {key: _fact(value) for key, value in (file.metadata() or {}).items()}
+            facts = json.loads((file.metadata() or {}).get("kiop_fast", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise _damaged(path, error, "a whole safetensors file") from None
-
-
-def _fact(text: str) -> Any:
-    """Other programs write plain text into the header, kiop_fast writes JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
