@@ -41,7 +41,7 @@ CASES: dict[str, tuple[int, int, int, str, float, bool]] = {
     "all from one class": (4, 10, 43, "one", 2.0, False),
     "one row, two classes": (1, 2, 2, "identity", 1.0, True),
     "several programs": (40, 100, 100, "any", 4.0, True),
-    "beyond a block": (2, 9001, 8500, "injective", 4.0, False),
+    "beyond a block": (3, 9001, 8500, "injective", 4.0, False),
 }
 
 
@@ -61,8 +61,8 @@ def make(case: str) -> tuple[list[Tensor], Tensor | None, float, bool]:
     own = logits if mapping is None else logits[:, mapping]
     target[::2] = own[::2] + draw(3, rows, kb)[::2] / 2
     if kb > 8192:
-        # Arg-maxima beyond the kernel's first block: equal in row 0, apart by a block in row 1.
-        logits[0, mapping[8300]] = target[0, 8300] = 60
+        # Arg-maxima beyond the kernel's first block: equal in rows 0 and 2, a block apart in row 1.
+        logits[[0, 2], mapping[8300]] = target[[0, 2], 8300] = 60
         logits[1, mapping[8]] = target[1, 8200] = 60
     return [logits, target], mapping, temperature, only_agreeing
 
