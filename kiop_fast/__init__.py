@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from kiop_fast.deliver.evaluate import evaluate as evaluate
     from kiop_fast.deliver.predict import predict as predict
     from kiop_fast.errors import KiopError as KiopError
+    from kiop_fast.library import Callback as Callback
+    from kiop_fast.library import KiOP as KiOP
     from kiop_fast.pipeline import train as train
     from kiop_fast.presets import preset as preset
     from kiop_fast.prompt.artefact import Artefact as Artefact
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 # Public names and where they live; imported on first use, so that the package itself is light.
 _PUBLIC = {
     "Artefact": "kiop_fast.prompt.artefact",
+    "Callback": "kiop_fast.library",
+    "KiOP": "kiop_fast.library",
     "KiopError": "kiop_fast.errors",
     "RunConfig": "kiop_fast.config",
     "Sources": "kiop_fast.sources",

@@ -191,6 +191,7 @@ class RunConfig:
     providers: tuple[str, ...] = ()  # model B, B2, …
     side: int = 32  # image side of the run, pixels
     epochs: int = 100
+    rounds: int = 1  # synthesize-and-store rounds an epoch (upstream ep_steps // kd_steps)
     seed: int = 0
     engine: str = "fast"  # fast | reference
     device: str = "auto"  # auto | cpu | cuda | cuda:N
@@ -204,6 +205,7 @@ class RunConfig:
         _choice("mode", self.mode, MODES)
         _choice("engine", self.engine, ENGINES)
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         _require(self.side >= 8 and self.side % 4 == 0, "side", self.side,
                  "a multiple of 4, at least 8 (the generator doubles twice)")  # fmt: skip
         _require(self.threads >= 0, "threads is negative", self.threads, "0 or more")

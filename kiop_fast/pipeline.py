@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from kiop_fast.runtime.versions import versions
 from kiop_fast.source.classifier import with_original_classifier
 from kiop_fast.sources import Sources, load_sources
 
+OnEpoch = Callable[[Run, dict[str, Any], dict[str, Any]], None]
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -52,7 +54,8 @@ class RunResult:
 
 def train(
     config: RunConfig, out: Path, *, sources: Sources | None = None, resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None, prepare: Callable[[Run], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> RunResult:  # fmt: skip
     """Run ``config`` from its first (or, resuming, its next) epoch to its last.
 
@@ -62,6 +65,9 @@ def train(
         sources: frozen models; by default those named in ``config``.
         resume: continue the run in ``out`` if there is one.
         progress: called as ``progress(stage, done, total, **values)``.
+        prepare: called once with the new run, before anything is restored or computed.
+        on_epoch: called as ``on_epoch(run, metrics, timings)`` after an epoch, before it is
+            committed to the folder; what it adds to ``metrics`` is kept.
     """
     began = time.perf_counter()
     device = choose_device(config.device)
@@ -74,11 +80,15 @@ def train(
     prints = sources.fingerprints()
     restored = folder.restored(prints)
     run = Run(config, sources, device, folder.path / "scratch", inner)
+    if prepare is not None:
+        prepare(run)
     folder.begin()
     if restored:
         run.load(restored, folder.bank)
     for epoch in range(folder.epochs_done, config.epochs):
         metrics, timings = train_epoch(run, folder, epoch, progress)
+        if on_epoch is not None:
+            on_epoch(run, metrics, timings)
         folder.save_epoch(metrics, timings, run.state(), prints)
     sources.check_unchanged()
     artefact = save_result(run, folder)
@@ -92,13 +102,19 @@ def train_epoch(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One epoch; its metrics and its timings."""
     clock = _Clock()
-    losses, made = run.synthesize(epoch, progress)
-    for task, tensors in made.items():
-        folder.save_bank(task, epoch, tensors)
-    clock.lap("synthesize")
-    changed = run.update_mappings(epoch)
-    transfer, agreement = run.store(epoch, progress)
-    clock.lap("store")
+    rounds = run.config.rounds
+    made: dict[str, list[Any]] = {}
+    for turn in range(epoch * rounds, (epoch + 1) * rounds):
+        losses, new = run.synthesize(turn, progress)
+        for task, tensors in new.items():
+            made.setdefault(task, []).append(tensors)
+        clock.lap("synthesize")
+        changed = run.update_mappings(turn)
+        transfer, agreement = run.store(turn, progress)
+        clock.lap("store")
+    for task, parts in made.items():
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        folder.save_bank(task, epoch, whole)
     metrics: dict[str, Any] = {"epoch": epoch + 1}
     every, last = run.config.evaluation.every, epoch + 1 == run.config.epochs
     if every and (last or (epoch + 1) % every == 0):
@@ -203,7 +219,8 @@ class _Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self._laps[name], self._last = now - self._last, now
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
 
     def seconds(self) -> dict[str, float]:
         return {"seconds": time.perf_counter() - self._start} | self._laps

@@ -108,27 +108,36 @@ class Run:
             for parameter in self.trained:
                 parameter.requires_grad_(True)
 
-    def synthesize(self, epoch: int, progress: Progress | None) -> tuple[dict[str, float], Any]:
+    def _stage(self, turn: int, name: str) -> str:
+        """``epoch i/n  NAME`` for the bars, with the round where an epoch has several."""
+        epoch, turn = divmod(turn, self.config.rounds)
+        which = f" (round {turn + 1}/{self.config.rounds})" if self.config.rounds > 1 else ""
+        return f"epoch {epoch + 1}/{self.config.epochs}  {name}{which}"
+
+    def synthesize(self, turn: int, progress: Progress | None) -> tuple[dict[str, float], Any]:
         """The synthesize period of every task.
+
+        Args:
+            turn: how many rounds (of synthesizing and storing) came before; names the draws.
 
         Returns:
             Loss terms at the chosen step, ``{task}.{term}``, mean over the calls; and per task
             the tensors to add to its bank on disk.
         """
         period, losses, made = self.config.synthesis, {}, {}
+        epoch = turn // self.config.rounds
         for task in (task for task in self.tasks if epoch < task.epochs):
             rows, results = [], []
             for call in range(period.calls):
                 drawn = draw_synthesis(
-                    period, task.source, self.config.side, seed=self.config.seed, epoch=epoch,
+                    period, task.source, self.config.side, seed=self.config.seed, epoch=turn,
                     task=task.name, call=call, stored=task.synthesizer.features.stored,
                 )  # fmt: skip
-                stage = f"epoch {epoch + 1}/{self.config.epochs}  synthesize {task.name}"
-                on_step = reporter(progress, stage, call * period.steps,
-                                    period.calls * period.steps)  # fmt: skip
+                on_step = reporter(progress, self._stage(turn, f"synthesize {task.name}"),
+                                   call * period.steps, period.calls * period.steps)  # fmt: skip
                 with self._fixed():
                     result = task.synthesizer.synthesize(
-                        drawn, self._student(task, epoch, call), task.mapping, on_step
+                        drawn, self._student(task, turn, call), task.mapping, on_step
                     )
                 check_finite(result.losses, TERMS, epoch, task.name)
                 task.bank.add(result.images, result.targets)
@@ -150,8 +159,8 @@ class Run:
         return logits
 
     @torch.no_grad()
-    def update_mappings(self, epoch: int) -> dict[str, int]:
-        """Recount frequency (once) or iterative (every epoch) mappings on the banks.
+    def update_mappings(self, turn: int) -> dict[str, int]:
+        """Recount frequency (once) or iterative (every round) mappings on the banks.
 
         Returns:
             How many classes of each provider changed their partner.
@@ -159,7 +168,7 @@ class Run:
         kind = self.config.prompt.mapping
         changed = {}
         for task in self.tasks:
-            if task.mapping is None or kind == "random" or (kind == "frequency" and epoch > 0):
+            if task.mapping is None or kind == "random" or (kind == "frequency" and turn > 0):
                 continue
             mapping = self.count_mapping(task)
             changed[task.name] = int((mapping != task.mapping).sum())
@@ -191,30 +200,37 @@ class Run:
             images = images.mean(dim=1, keepdim=True)
         return task.source.normalise(images)
 
-    def store(self, epoch: int, progress: Progress | None) -> tuple[dict[str, float], ...]:
+    def store(self, turn: int, progress: Progress | None) -> tuple[dict[str, float], ...]:
         """The knowledge storing period.
+
+        Args:
+            turn: as for :meth:`synthesize`; the learning rate changes with the epoch alone.
 
         Returns:
             Mean loss of every term, ``{task}.kl``; mean arg-max agreement of every task.
         """
         config = self.config.storing
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, epoch, self.config.epochs)
+            group["lr"] = learning_rate(config, turn // self.config.rounds, self.config.epochs)
         if self.student is not None:
             self.student.train()
         drawn = {
             task.name: draw_storing(
                 config, task.source.info, len(task.bank),
                 config.batch if task.synthesizer is not None else config.batch_real,
-                seed=self.config.seed, epoch=epoch, task=task.name,
+                seed=self.config.seed, epoch=turn, task=task.name,
             )
             for task in self.tasks
         }  # fmt: skip
-        stage = f"epoch {epoch + 1}/{self.config.epochs}  store"
-        on_step = reporter(progress, stage, 0, config.steps)
-        log = self.engine.store(self._terms(epoch), drawn, self.optimizer, config.steps, on_step)
+        on_step = reporter(progress, self._stage(turn, "store"), 0, config.steps)
+        log = self.engine.store(self._terms(turn), drawn, self.optimizer, config.steps, on_step)
         names = [task.name for task in self.tasks]
-        check_finite(log[:, : len(names)], [f"{name}.kl" for name in names], epoch, "storing")
+        check_finite(
+            log[:, : len(names)],
+            [f"{name}.kl" for name in names],
+            turn // self.config.rounds,
+            "storing",
+        )
         mean = log.mean(dim=0).tolist()
         losses = {f"{name}.kl": mean[i] for i, name in enumerate(names)}
         agreement = {name: mean[len(names) + i] for i, name in enumerate(names)}

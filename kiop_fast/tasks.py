@@ -128,7 +128,7 @@ def _task(
     epochs = period.epochs_for(own_task=own, epochs=config.epochs)
     synthesizer = engine.synthesizer(
         source, period, synthesis_normaliser(config, sources, source), side=config.side,
-        bank_rows=min(period.bank_rows, epochs * period.calls * period.batch),
+        bank_rows=min(period.bank_rows, epochs * config.rounds * period.calls * period.batch),
         seed=config.seed, task=name, device=device,
     )  # fmt: skip
     channels = generator_channels(period, source)
