@@ -151,6 +151,27 @@ def test_norms_at_zero_have_subgradient_zero() -> None:
     assert torch.equal(grad, torch.zeros_like(x))
 
 
+def check_zero_variance(function: Any, dtype: torch.dtype, device: str) -> None:
+    """A constant input, 1 above a mean of 2, where a variance of 4 was expected, 9 channels.
+
+    δ = 1 and v - s = -4 everywhere: loss = √9 + √(9 · 16) = 15; its slope by a pixel is
+    δ/‖δ‖/n = 1/(3n), and none through v, whose slope is that pixel's distance from the mean.
+    """
+    x = torch.full((2, 9, 4, 4), 3.0, dtype=dtype, device=device, requires_grad=True)
+    mean, var = x.new_full((9,), 2.0).detach(), x.new_full((9,), 4.0).detach()
+    found = function(x, mean, var, None, None, 0.0)
+    (grad,) = torch.autograd.grad(found.loss, x)
+    assert found.loss.item() == pytest.approx(15, rel=1e-6)
+    torch.testing.assert_close(found.output, torch.full_like(x, 0.5))
+    torch.testing.assert_close(found.image_means, torch.full_like(x[:, :, 0, 0], 3.0))
+    torch.testing.assert_close(grad, torch.full_like(x, 1 / (3 * 32)))
+
+
+def test_zero_variance() -> None:
+    check_zero_variance(bn_match, torch.float64, "cpu")
+    check_zero_variance(bn_match, torch.float32, "cpu")
+
+
 def test_variance_does_not_cancel_around_a_far_mean() -> None:
     x = torch.randn(4, 2, 16, 16) * 0.01 + 1000
     mean, var = x.double().mean((0, 2, 3)).float(), torch.zeros(2)
@@ -266,6 +287,11 @@ def test_kernel_takes_no_slope_at_a_perfect_match() -> None:
     (grad,) = torch.autograd.grad(loss, x)
     assert loss == 0
     assert torch.equal(grad, torch.zeros_like(x))
+
+
+@runs_kernels
+def test_kernel_zero_variance() -> None:
+    check_zero_variance(bn_match, torch.float32, DEVICE)
 
 
 @runs_kernels

@@ -145,6 +145,26 @@ def test_twin_ignores_what_does_not_count() -> None:
     check_ignored(info_nce_eager, torch.float64)
 
 
+def check_extremes(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """Equal keys give log K and no slope; logits of ±10⁵ give their plain difference."""
+    one = torch.ones(1, 16, dtype=dtype, device=DEVICE)
+    queries = one.repeat(5, 1).requires_grad_()
+    loss = function(queries, one.expand(43, -1), 0.6, torch.full_like(one[0, :1], 0.2).expand(5))
+    (grad,) = torch.autograd.grad(loss, queries)
+    assert loss.item() == pytest.approx(math.log(43), rel=1e-6)
+    assert grad.abs().max() <= 4 * torch.finfo(dtype).eps
+    queries = (1e5 * one / 16).requires_grad_()
+    loss = function(queries, torch.cat([-one, one]), 1.0, one[0, :1])
+    (grad,) = torch.autograd.grad(loss, queries)
+    assert loss.item() == pytest.approx(2e5, rel=1e-6)
+    torch.testing.assert_close(grad, 2 * one)
+
+
+def test_twin_extremes() -> None:
+    check_extremes(info_nce_eager, torch.float64)
+    check_extremes(info_nce_eager, torch.float32)
+
+
 def check_property(
     data: st.DataObject, function: Callable[..., Tensor], dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -290,6 +310,11 @@ def test_kernel_without_gradient_writes_no_direction() -> None:
     assert OP(queries, keys, weights, num_keys, temperature, False)[1].numel() == 0
     torch.testing.assert_close(loss, with_gradient[0])
     assert "_info_nce_bwd_kernel" not in launches()
+
+
+@runs_kernels
+def test_kernel_extremes() -> None:
+    check_extremes(info_nce, torch.float32)
 
 
 @runs_kernels
