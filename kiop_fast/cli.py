@@ -70,6 +70,8 @@ def train(
     side: Annotated[int | None, Option(help="image side, pixels")] = None,
     threads: Annotated[int | None, Option(help="CPU threads")] = None,
     device: Device = None,
+    precision: Annotated[str | None, Option(help="fp32, tf32, bf16")] = None,
+    graphs: Annotated[bool | None, Option(help="capture steps as CUDA graphs")] = None,
     out: Annotated[
         Path | None, Option(help="run folder (runs/PRESET-TARGET-PROVIDER-sSEED)")
     ] = None,
@@ -81,7 +83,8 @@ def train(
     from kiop_fast import commands as do
 
     flags = {"target": target, "providers": provider, "mode": mode, "engine": engine, "seed": seed,
-             "epochs": epochs, "side": side, "threads": threads, "device": device}  # fmt: skip
+             "epochs": epochs, "side": side, "threads": threads, "device": device,
+             "precision": precision, "graphs": graphs}  # fmt: skip
     chosen = do.train_config(preset, config, flags, overrides or [], resume=out if resume else None)
     numbers = do.parse_seeds(seeds) if seeds else [chosen.seed]
     finished = do.train_seeds(chosen, numbers, out, resume=resume, quiet=quiet or as_json)

@@ -17,6 +17,7 @@ from kiop_fast.errors import ConfigError, unknown_name
 
 MODES = ("bf", "b", "t", "vanilla")
 ENGINES = ("fast", "reference")
+PRECISIONS = ("fp32", "tf32", "bf16")
 MAPPINGS = ("random", "frequency", "iterative")
 BATCHNORM_POLICIES = ("calibrated", "batch", "running")
 
@@ -196,6 +197,9 @@ class RunConfig:
     engine: str = "fast"  # fast | reference
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int = 0  # CPU threads; 0: torch's choice
+    precision: str = "fp32"  # fp32 | tf32 | bf16: products in both periods (engine fast)
+    graphs: bool = True  # on CUDA, capture each step as a graph (engine fast)
+    compile: bool = False  # torch.compile for generator and projection head (engine fast)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     storing: StoringConfig = field(default_factory=StoringConfig)
@@ -204,6 +208,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         _choice("mode", self.mode, MODES)
         _choice("engine", self.engine, ENGINES)
+        _choice("precision", self.precision, PRECISIONS)
+        if self.engine == "reference":
+            _require(self.precision == "fp32", "the reference engine computes in fp32",
+                     self.precision, "precision fp32")  # fmt: skip
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         _require(self.side >= 8 and self.side % 4 == 0, "side", self.side,

@@ -6,12 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from kiop_fast.config import RunConfig
+from kiop_fast.runtime.execution import Execution
+
 
 @dataclass(frozen=True)
 class Engine:
     """The parts in which ``fast`` and ``reference`` differ; both sides have the same signatures.
 
-    ``image_bank(channels, side, device, folder)``: only the reference engine uses the folder.
+    ``image_bank(channels, side, device, folder, capacity)``: only the reference engine uses the
+    folder, only the fast one the capacity.  ``synthesizer`` and ``storing`` of the fast engine
+    also take an :class:`~kiop_fast.runtime.execution.Execution`.
     """
 
     name: str
@@ -22,6 +29,21 @@ class Engine:
     provider_loss: Callable[..., Any]
     vanilla_loss: Callable[..., Any]
     store: Callable[..., Any]
+    storing: Callable[..., Any]
+
+    def execution(self, config: RunConfig, device: torch.device) -> dict[str, Execution]:
+        """The argument that only the fast engine's ``synthesizer`` and ``storing`` take.
+
+        Raises:
+            ConfigError: the device lacks the precision.
+        """
+        if self.name == "reference":
+            return {}
+        # Dropout masks are drawn on the host, layer by layer: nothing a graph could replay.
+        graphs = config.graphs and not config.prompt.dropout
+        execution = Execution(config.precision, graphs, config.compile)
+        execution.check(device)
+        return {"execution": execution}
 
 
 def engine(name: str) -> Engine:
@@ -31,24 +53,34 @@ def engine(name: str) -> Engine:
 
         return Engine(
             name,
-            reference.ImageBank,
+            _reference_bank,
             reference.Synthesizer,
             reference.ReferencePromptedModel,
             reference.core_loss,
             reference.provider_loss,
             reference.vanilla_loss,
             reference.store,
+            reference.Storing,
         )
     from kiop_fast import store, synthesize
     from kiop_fast.prompt import PromptedModel
 
     return Engine(
         name,
-        lambda channels, side, device, folder: synthesize.ImageBank(channels, side, device),
+        lambda channels, side, device, folder, capacity=0: synthesize.ImageBank(
+            channels, side, device, capacity
+        ),
         synthesize.Synthesizer,
         PromptedModel,
         store.core_loss,
         store.provider_loss,
         store.vanilla_loss,
         store.store,
+        store.Storing,
     )
+
+
+def _reference_bank(*place: Any, capacity: int = 0, **options: Any) -> Any:
+    from kiop_fast import reference
+
+    return reference.ImageBank(*place, **options)

@@ -65,6 +65,14 @@ class KernelError(KiopError):
     """Arguments a kernel cannot take, or a kernel backend that is not there."""
 
 
+class GraphError(KiopError):
+    """A step that cannot be captured as a CUDA graph."""
+
+
+class OutOfMemoryError(KiopError):
+    """A device's memory does not hold the run."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[KiopError]) -> KiopError:
     """An ``error`` for a ``name`` that is not among ``known``, with the close matches."""
     known = sorted(known)

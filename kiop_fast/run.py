@@ -16,6 +16,7 @@ from kiop_fast.engine import engine
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
 from kiop_fast.prompt.artefact import Artefact
 from kiop_fast.runtime import draws
+from kiop_fast.runtime.optimizers import set_rate, sgd
 from kiop_fast.runtime.progress import Progress
 from kiop_fast.runtime.state import (
     load_module,
@@ -72,10 +73,10 @@ class Run:
         self.trained = self._trained_parameters(len(inner_rings))
         for cells in self.prompt.cells if self.prompt else ():
             cells.requires_grad_(any(cells is trained for trained in self.trained))
-        self.optimizer = torch.optim.SGD(
-            self.trained, lr=config.storing.lr, momentum=config.storing.momentum,
-            weight_decay=config.storing.weight_decay,
-        )  # fmt: skip
+        period = config.storing
+        self.optimizer = sgd(self.trained, period.lr, period.momentum, period.weight_decay)
+        self._seen: dict[str, Any] = {}
+        self._storing: Any = None
 
     def _trained_parameters(self, inner_rings: int) -> list[nn.Parameter]:
         if self.prompt is None:
@@ -85,14 +86,23 @@ class Run:
         return list(self.prompt.cells)[inner_rings:deepest]
 
     def prompted(self, task: Task, period: str = "", epoch: int = 0) -> Any:
-        """A seen through the rings of a task; with ``period`` as it is while training."""
+        """A seen through the rings of a task; with ``period`` as it is while training.
+
+        One object for all epochs, unless dropout stays on with each epoch's own masks: a captured
+        step is found again by it.
+        """
         settings, seed = self.config.prompt, self.config.seed
-        keep = period and settings.dropout
-        return self.engine.prompted(
+        keep = bool(period and settings.dropout)
+        if task.name in self._seen and not keep:
+            return self._seen[task.name]
+        seen = self.engine.prompted(
             self.sources.target, self.prompt, task.depth, task.mapping,
             batchnorm=settings.batchnorm,
             dropout=DropoutDraws(seed, epoch, f"{task.name}/{period}") if keep else None,
         )  # fmt: skip
+        if not keep:
+            self._seen[task.name] = seen
+        return seen
 
     @contextmanager
     def _fixed(self) -> Iterator[None]:
@@ -172,7 +182,7 @@ class Run:
                 continue
             mapping = self.count_mapping(task)
             changed[task.name] = int((mapping != task.mapping).sum())
-            task.mapping = mapping
+            task.mapping.copy_(mapping)  # in place: captured steps read it
         return changed
 
     @torch.no_grad()
@@ -210,8 +220,10 @@ class Run:
             Mean loss of every term, ``{task}.kl``; mean arg-max agreement of every task.
         """
         config = self.config.storing
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, turn // self.config.rounds, self.config.epochs)
+        set_rate(
+            self.optimizer,
+            learning_rate(config, turn // self.config.rounds, self.config.epochs),
+        )
         if self.student is not None:
             self.student.train()
         drawn = {
@@ -223,7 +235,12 @@ class Run:
             for task in self.tasks
         }  # fmt: skip
         on_step = reporter(progress, self._stage(turn, "store"), 0, config.steps)
-        log = self.engine.store(self._terms(turn), drawn, self.optimizer, config.steps, on_step)
+        if self._storing is None or self.config.prompt.dropout:
+            self._storing = self.engine.storing(
+                self._terms(turn), self.optimizer, config.steps,
+                **self.engine.execution(self.config, self.device),
+            )  # fmt: skip
+        log = self._storing.run(drawn, on_step)
         names = [task.name for task in self.tasks]
         check_finite(
             log[:, : len(names)],
@@ -291,7 +308,7 @@ class Run:
         load_optimizer(self.optimizer, tensors, "sgd")
         for task in self.tasks:
             if task.mapping is not None:
-                task.mapping = tensors[f"{task.name}.mapping"].to(self.device)
+                task.mapping.copy_(tensors[f"{task.name}.mapping"])
             if task.synthesizer is None:
                 continue
             load_module(task.synthesizer.head, tensors, f"{task.name}.head")

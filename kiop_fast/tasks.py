@@ -119,20 +119,22 @@ def _task(
 ) -> Task:  # fmt: skip
     if source is sources.target and config.mode == "b":
         real = dataset(source.info.name).train(config.side)
-        bank = ImageBank(real.images.shape[1], config.side, device)
+        bank = ImageBank(real.images.shape[1], config.side, device, len(real.images))
         bank.add(real.images, real.labels)
         return Task(name, source, depth, mapping, weight, bank, None)
     batchnorm_layers(source.model)
     period = config.synthesis
     own = source is sources.target
     epochs = period.epochs_for(own_task=own, epochs=config.epochs)
+    images = epochs * config.rounds * period.calls * period.batch
     synthesizer = engine.synthesizer(
         source, period, synthesis_normaliser(config, sources, source), side=config.side,
-        bank_rows=min(period.bank_rows, epochs * config.rounds * period.calls * period.batch),
-        seed=config.seed, task=name, device=device,
+        bank_rows=min(period.bank_rows, images), seed=config.seed, task=name, device=device,
+        **engine.execution(config, device),
     )  # fmt: skip
+    mapping = None if mapping is None else mapping.to(device)
     channels = generator_channels(period, source)
-    bank = engine.image_bank(channels, config.side, device, scratch / name)
+    bank = engine.image_bank(channels, config.side, device, scratch / name, capacity=images)
     return Task(name, source, depth, mapping, weight, bank, synthesizer, epochs)
 
 

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from kiop_fast.errors import MappingError
 from kiop_fast.prompt.rings import Prompt
+from kiop_fast.prompt.windowed import WHOLE, windowed
 from kiop_fast.source import DropoutDraws, Source, batch_statistics, batchnorm_layers
 
 
@@ -54,7 +55,14 @@ class PromptedModel:
 
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, s, s) normalised → A's unmapped logits (N, classes of A)."""
-        return self._logits(self.seen(images), "prompted")
+        return self._logits(self.worn(images), "prompted")
+
+    def worn(self, images: Tensor) -> Tensor:
+        """As :meth:`seen`; where the canvas is much larger than the image, windowed."""
+        side, outer = self.prompt.side, self.prompt.canvas_side(self.depth)
+        if side * side > WHOLE * outer * outer or torch.compiler.is_compiling():
+            return self.seen(images)
+        return windowed(self.prompt.border(self.depth), images, self.prompt.corner(self.depth))
 
     def seen(self, images: Tensor) -> Tensor:
         """(N, 3, s, s) → the canvas that A sees, (N, 3, S_depth, S_depth)."""

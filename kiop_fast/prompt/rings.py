@@ -57,12 +57,19 @@ class Prompt(nn.Module):
             raise PromptError("no such depth", got=depth, expected=f"1 … {len(self.rings)} rings")
         return prompt_pad(images, list(self.cells)[:depth], self.rings[:depth])
 
+    def corner(self, depth: int) -> int:
+        """First row and column of the image in the canvas of ``depth`` rings, pixels."""
+        return sum((b - a + 1) // 2 for a, b in pairwise((self.side, *self.rings[:depth])))
+
+    def border(self, depth: int) -> Tensor:
+        """The rings alone, (1, C, S_depth, S_depth), differentiable; 0 where the image goes."""
+        blank = self.cells[0].new_zeros(1, self.channels, self.side, self.side)
+        return self(blank, depth)
+
     @torch.no_grad()
     def picture(self, depth: int | None = None) -> Tensor:
         """The border as an image in [0, 1], (C, S, S); black where the image goes."""
-        depth = len(self.rings) if depth is None else depth
-        blank = self.cells[0].new_zeros(1, self.channels, self.side, self.side)
-        return self(blank, depth)[0]
+        return self.border(len(self.rings) if depth is None else depth)[0]
 
     def squares(self) -> list[Tensor]:
         """Each ring as the full square (C, S_k, S_k) that upstream stores; zeros inside."""

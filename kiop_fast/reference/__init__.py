@@ -17,7 +17,7 @@ from kiop_fast.reference.losses import (
 )
 from kiop_fast.reference.networks import Generator, Head
 from kiop_fast.reference.prompted import ReferencePromptedModel, pad_through
-from kiop_fast.reference.storing import store
+from kiop_fast.reference.storing import Storing, store
 from kiop_fast.reference.synthesizing import Synthesizer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Head",
     "ImageBank",
     "ReferencePromptedModel",
+    "Storing",
     "Synthesizer",
     "adversarial_loss",
     "contrastive_loss",

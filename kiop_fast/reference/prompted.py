@@ -48,3 +48,5 @@ class ReferencePromptedModel(PromptedModel):
     def seen(self, images: Tensor) -> Tensor:
         """(N, 3, s, s) → the canvas that A sees, (N, 3, S_depth, S_depth)."""
         return pad_through(self.prompt, images, self.depth)
+
+    worn = seen

@@ -17,6 +17,23 @@ from kiop_fast.store import StoringDraws, Term, in_drawn_colours
 Key = tuple[int, int, int, bool]  # row of the bank, top and left of the crop, flip
 
 
+class Storing:
+    """Periods of one run, one by one; as :class:`kiop_fast.store.Storing`."""
+
+    def __init__(
+        self, terms: Sequence[Term], optimizer: torch.optim.Optimizer, steps: int
+    ) -> None:
+        self.terms, self.optimizer, self.steps = terms, optimizer, steps
+
+    def run(
+        self,
+        drawn: Mapping[str, StoringDraws],
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """One period."""
+        return store(self.terms, drawn, self.optimizer, self.steps, on_step)
+
+
 def store(
     terms: Sequence[Term],
     drawn: Mapping[str, StoringDraws],

@@ -19,7 +19,9 @@ def reporter(
 
     def on_step(done: int, loss: Tensor) -> None:
         if done % 10 == 0 or before + done == total:
-            progress(stage, before + done, total, loss=float(loss))
+            # Looking at a loss on a GPU would wait for it.
+            seen = {"loss": float(loss)} if loss.is_cpu else {}
+            progress(stage, before + done, total, **seen)
 
     return on_step
 

@@ -2,74 +2,103 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kiop_fast.config import StoringConfig
-from kiop_fast.data.spec import DatasetInfo
-from kiop_fast.kernels import bank_replay
-from kiop_fast.runtime import draws
+from kiop_fast.runtime import optimizers
+from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.profile import stage
+from kiop_fast.runtime.static_step import StaticStep
+from kiop_fast.store.draws import StoringDraws
+from kiop_fast.store.replay import Replay
 from kiop_fast.store.terms import Term
 
 
-@dataclass(frozen=True)
-class StoringDraws:
-    """Batch indices, crops, flips and colour orders of one period and bank.
+class Storing:
+    """The prompt step over tensors that stay where they are, kept from epoch to epoch.
 
-    Attributes:
-        index: (steps, N) int64 into the bank.
-        pad: zero padding the crops refer to, pixels.
-        crop: (steps, N, 2) int64 top and left in the padded frame, or None.
-        flip: (steps, N) bool, or None.
-        colours: (steps, N, 3) int64 orders of the normalised channels, or None.
+    Args:
+        terms: the summands of the transfer loss.
+        optimizer: SGD over what is trained (the ring cells); nothing else moves.
+        steps: prompt steps a period.
+        execution: precision and graphs.
     """
 
-    index: Tensor
-    pad: int
-    crop: Tensor | None
-    flip: Tensor | None
-    colours: Tensor | None = None
+    def __init__(
+        self, terms: Sequence[Term], optimizer: torch.optim.Optimizer, steps: int,
+        execution: Execution = Execution(),
+    ) -> None:  # fmt: skip
+        self.terms, self.optimizer, self.execution = tuple(terms), optimizer, execution
+        self._learned = [p for group in optimizer.param_groups for p in group["params"]]
+        like = self._learned[0]
+        self.device = like.device
+        self.at = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.total = like.new_zeros(())
+        self.log = like.new_zeros(steps, 2 * len(terms))
+        self._weights = like.new_tensor([term.weight for term in terms])
+        self._replays = [Replay(term, like.dtype, like.device) for term in terms]
+        self._runs: dict[object, StaticStep] = {}
 
+    @property
+    def captures(self) -> int:
+        """CUDA graphs made so far."""
+        return sum(run.captures for run in self._runs.values())
 
-def draw_storing(
-    config: StoringConfig, info: DatasetInfo, population: int, batch: int, *,
-    seed: int, epoch: int, task: str,
-) -> StoringDraws:  # fmt: skip
-    """Draw the batches of one bank for one period, from ``(seed, epoch, task, purpose)``."""
-    as_dataset = config.augment_as_dataset
-    pad, flip = (info.pad, info.flip) if as_dataset else (config.pad, config.flip)
-    shape = (config.steps, batch)
-    augment = draws.generator(seed, epoch, task, "bank augmentation")
-    return StoringDraws(
-        index=draws.permutation_batches(
-            draws.generator(seed, epoch, task, "bank batches"), *shape, population
-        ),
-        pad=pad,
-        crop=draws.crop_offsets(augment, shape, pad) if pad else None,
-        flip=draws.flips(augment, shape, flip) if flip else None,
-        colours=(
-            draws.channel_orders(draws.generator(seed, epoch, task, "bank colours"), shape)
-            if config.shuffle_colours and info.channels == 3
-            else None
-        ),
-    )
+    def run(
+        self,
+        drawn: Mapping[str, StoringDraws],
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """One period.
 
+        Args:
+            drawn: each term's batches, by its name.
+            on_step: called with the number of finished steps and the total loss (a tensor).
 
-def in_drawn_colours(batch: Tensor, orders: Tensor | None) -> Tensor:
-    """(N, 3, s, s) with each image's channels in its drawn order, (N, 3)."""
-    if orders is None:
-        return batch
-    rows = torch.arange(len(batch), device=batch.device)[:, None]
-    return batch[rows, orders.to(batch.device)]
+        Returns:
+            (steps, 2 · len(terms)): each term's unweighted loss, then each term's share of rows
+            whose arg-max agrees.
+        """
+        self.at.zero_()
+        for replay in self._replays:
+            replay.begin(drawn[replay.term.name])
+        held = tuple(replay.held for replay in self._replays)
+        if held not in self._runs:
+            self._runs[held] = StaticStep(
+                self._move, self._state, self.device, self.execution.graphs
+            )
+        step = self._runs[held]
+        for done in range(1, len(self.log) + 1):
+            step()
+            if on_step is not None:
+                on_step(done, self.total)
+        return self.log.cpu()
 
+    def _state(self) -> list[Tensor]:
+        return [*self._learned, *optimizers.state_tensors(self.optimizer), self.at]
 
-def learning_rate(config: StoringConfig, epoch: int, epochs: int) -> float:
-    """Cosine over the epochs, constant within one."""
-    return config.lr * 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
+    def _move(self) -> None:
+        results = []
+        with self.execution.active(self.device):
+            for replay in self._replays:
+                with stage("bank replay"):
+                    batch, constant = replay.batch(self.at)
+                results.append(replay.term.loss(batch, constant))
+        losses = torch.stack([result.loss for result in results])
+        total = (losses * self._weights).sum()
+        rows = [replay.rows for replay in self._replays]
+        shares = [result.agreement / n for result, n in zip(results, rows, strict=True)]
+        with torch.no_grad():
+            self.total.copy_(total)
+            row = torch.cat([losses, torch.stack(shares).to(losses)])
+            self.log.index_copy_(0, self.at.view(1), row.to(self.log)[None])
+            self.at.add_(1)
+        with stage("backward"):
+            optimizers.set_gradients(total, self._learned)
+        with stage("optimisers"):
+            self.optimizer.step()
 
 
 def store(
@@ -78,61 +107,7 @@ def store(
     optimizer: torch.optim.Optimizer,
     steps: int,
     on_step: Callable[[int, Tensor], None] | None = None,
+    execution: Execution = Execution(),
 ) -> Tensor:
-    """One period; the optimizer's parameters (the ring cells) move, nothing else does.
-
-    Args:
-        terms: the summands of the transfer loss.
-        drawn: each term's batches, by its name.
-        optimizer: SGD over what is trained.
-        steps: prompt steps.
-        on_step: called with the number of finished steps and the total loss (a tensor).
-
-    Returns:
-        (steps, 2 · len(terms)): each term's unweighted loss, then each term's share of rows
-        whose arg-max agrees.
-    """
-    banks = {term.name: _Replay(term, drawn[term.name]) for term in terms}
-    log = []
-    for step in range(steps):
-        results = [term.loss(banks[term.name].batch(step)) for term in terms]
-        total = torch.stack(
-            [term.weight * r.loss for term, r in zip(terms, results, strict=True)]
-        ).sum()
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        rows = [drawn[term.name].index.shape[1] for term in terms]
-        log.append(torch.stack(
-            [r.loss.detach() for r in results]
-            + [r.agreement / n for r, n in zip(results, rows, strict=True)]
-        ))  # fmt: skip
-        if on_step is not None:
-            on_step(step + 1, total.detach())
-    return torch.stack(log).cpu()
-
-
-class _Replay:
-    """A bank's batches, normalised, by step."""
-
-    def __init__(self, term: Term, drawn: StoringDraws) -> None:
-        self.term, self.drawn = term, drawn
-        self.images = term.bank.images
-        self.mean = torch.tensor(term.source.info.mean, device=self.images.device)
-        self.std = torch.tensor(term.source.info.std, device=self.images.device)
-
-    def batch(self, step: int) -> Tensor:
-        drawn = self.drawn
-        batch = bank_replay(
-            self.images,
-            drawn.index[step],
-            crop=None if drawn.crop is None else drawn.crop[step],
-            flip=None if drawn.flip is None else drawn.flip[step],
-            pad=drawn.pad,
-            mean=self.mean,
-            std=self.std,
-            dtype=self.mean.dtype,
-        )
-        if self.term.average_grey:
-            batch = batch.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-        return in_drawn_colours(batch, None if drawn.colours is None else drawn.colours[step])
+    """One period on its own; arguments and result as in :class:`Storing`."""
+    return Storing(terms, optimizer, steps, execution).run(drawn, on_step)

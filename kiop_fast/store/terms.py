@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kiop_fast.kernels import MappedKL, mapped_kl
 from kiop_fast.prompt import PromptedModel
+from kiop_fast.runtime.profile import stage
 from kiop_fast.source import Source
 
 
@@ -20,6 +21,17 @@ class Bank(Protocol):
     @property
     def images(self) -> Tensor:
         """(M, C, s, s) uint8."""
+
+
+class TransferLoss(Protocol):
+    """A term's loss as a function of a normalised batch (N, 3, s, s)."""
+
+    @property
+    def constant(self) -> Callable[[Tensor], Tensor] | None:
+        """Normalised images → logits that depend on nothing but the image; None: there are none."""
+
+    def __call__(self, images: Tensor, constant: Tensor | None = None) -> MappedKL:
+        """Loss and arg-max agreement; ``constant`` spares computing those logits here."""
 
 
 @dataclass(frozen=True)
@@ -40,54 +52,67 @@ class Term:
     bank: Bank
     source: Source
     average_grey: bool
-    loss: Callable[[Tensor], MappedKL]
+    loss: TransferLoss
 
 
-def core_loss(
-    prompted: PromptedModel, temperature: float, target_side: str
-) -> Callable[[Tensor], MappedKL]:
+@dataclass(frozen=True)
+class _Imitation:
+    """KL_T between a model that learns and one that does not, either as the target.
+
+    Attributes:
+        learner: normalised images → logits of the one that learns.
+        model: the same of the one that does not.
+        alone: ``model``'s logits of an image do not depend on its batch.
+        mapping: class of the learner for each class of ``model``; None: the same classes.
+        learner_is_target: which side of the KL the learner is.
+    """
+
+    learner: Callable[[Tensor], Tensor]
+    model: Callable[[Tensor], Tensor]
+    alone: bool
+    mapping: Tensor | None
+    temperature: float
+    learner_is_target: bool
+
+    @property
+    def constant(self) -> Callable[[Tensor], Tensor] | None:
+        return self.model if self.alone else None
+
+    def __call__(self, images: Tensor, constant: Tensor | None = None) -> MappedKL:
+        if constant is None:
+            with torch.no_grad(), stage("frozen model"):
+                constant = self.model(images)
+        with stage("prompted model"):
+            seen = self.learner(images)
+        if not self.learner_is_target:
+            return mapped_kl(seen, constant, self.mapping, self.temperature)
+        if self.mapping is not None:
+            seen = seen.index_select(1, self.mapping)
+        return mapped_kl(constant, seen, None, self.temperature)
+
+
+def core_loss(prompted: PromptedModel, temperature: float, target_side: str) -> TransferLoss:
     """A keeps its own job: KL_T between A through the core and plain A (paper eq. 5).
 
     With ``target_side="prompted"``, as upstream, the prompted output is the KL's target and the
     gradient flows through the target's side; ``"plain"`` makes plain A the target.
     """
-
-    def loss(images: Tensor) -> MappedKL:
-        with torch.no_grad():
-            plain = prompted.plain_logits(images)
-        seen = prompted.logits(images)
-        if target_side == "prompted":
-            return mapped_kl(plain, seen, None, temperature)
-        return mapped_kl(seen, plain, None, temperature)
-
-    return loss
+    alone = prompted.batchnorm == "running" and prompted.dropout is None
+    return _Imitation(
+        prompted.logits, prompted.plain_logits, alone, None, temperature, target_side == "prompted"
+    )
 
 
 def provider_loss(
     prompted: PromptedModel, provider: Source, temperature: float, target_side: str
-) -> Callable[[Tensor], MappedKL]:
+) -> TransferLoss:
     """A learns a provider's job: KL_T(B(x) ‖ mapped A(γ x)) (paper eq. 6)."""
-
-    def loss(images: Tensor) -> MappedKL:
-        with torch.no_grad():
-            theirs = provider.model(images)
-        seen = prompted.logits(images)
-        if target_side == "provider":
-            return mapped_kl(seen, theirs, prompted.mapping, temperature)
-        assert prompted.mapping is not None
-        return mapped_kl(theirs, seen[:, prompted.mapping], None, temperature)
-
-    return loss
+    return _Imitation(
+        prompted.logits, provider.model, True, prompted.mapping, temperature,
+        target_side != "provider",
+    )  # fmt: skip
 
 
-def vanilla_loss(
-    student: nn.Module, provider: Source, temperature: float
-) -> Callable[[Tensor], MappedKL]:
+def vanilla_loss(student: nn.Module, provider: Source, temperature: float) -> TransferLoss:
     """Mode ``vanilla``: a trainable copy of A imitates B, no prompt (SPEC section 6)."""
-
-    def loss(images: Tensor) -> MappedKL:
-        with torch.no_grad():
-            theirs = provider.model(images)
-        return mapped_kl(student(images), theirs, None, temperature)
-
-    return loss
+    return _Imitation(student, provider.model, True, None, temperature, False)

@@ -14,21 +14,37 @@ def quantise(images: Tensor) -> Tensor:
 class ImageBank:
     """All synthetic images of a task, uint8, in the order they were made.
 
+    Args:
+        capacity: images that fit without moving the buffer, which a captured step reads.
+
     Attributes:
-        images: (M, C, s, s) uint8.
+        buffer: (≥ M, C, s, s) uint8; rows from M on are not yet written.
         targets: (M,) int64, the class each image was made for.
     """
 
-    def __init__(self, channels: int, side: int, device: torch.device) -> None:
-        self.images = torch.empty(0, channels, side, side, dtype=torch.uint8, device=device)
+    def __init__(
+        self, channels: int, side: int, device: torch.device, capacity: int = 0
+    ) -> None:
+        shape = (capacity, channels, side, side)
+        self.buffer = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.targets = torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.targets)
+
+    @property
+    def images(self) -> Tensor:
+        """(M, C, s, s) uint8, a view."""
+        return self.buffer[: len(self)]
 
     def add(self, images: Tensor, targets: Tensor) -> None:
         """Append ``images`` (N, C, s, s) uint8 and their ``targets`` (N,)."""
-        self.images = torch.cat([self.images, images.to(self.images.device)])
+        filled = len(self)
+        missing = filled + len(images) - len(self.buffer)
+        if missing > 0:
+            more = self.buffer.new_zeros(missing, *self.buffer.shape[1:])
+            self.buffer = torch.cat([self.buffer, more])
+        self.buffer[filled : filled + len(images)] = images.to(self.buffer.device)
         self.targets = torch.cat([self.targets, targets.cpu()])
 
 
@@ -41,10 +57,15 @@ class FeatureBank:
     Args:
         capacity: rows kept.
         width: of one feature; a row is twice as wide.
+
+    Attributes:
+        rows: (capacity, 2 width).
+        count: rows stored, 0-d on the device; None unless a padded window was asked for.
     """
 
     def __init__(self, capacity: int, width: int, device: torch.device) -> None:
         self.rows = torch.zeros(capacity, 2 * width, device=device)
+        self.count: Tensor | None = None
         self.added = 0
 
     @property
@@ -59,8 +80,22 @@ class FeatureBank:
         self.rows[position[-newest:].to(self.rows.device)] = features[-newest:].to(self.rows)
         self.added += len(features)
 
-    def pairs(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Local and global features, each (n, width): all stored rows, or those at ``index``."""
-        rows = self.rows[: self.stored] if index is None else self.rows[index]
-        local, global_ = rows.chunk(2, dim=1)
+    def window(self, *, padded: bool) -> int:
+        """Leading rows that a step reads: those stored, or ``padded`` to a power of two.
+
+        A padded window holds for many sizes of the bank, as a captured step wants it; ``count``
+        then tells on the device how many of its rows are stored.
+        """
+        if not padded:
+            self.count = None
+            return self.stored
+        if self.count is None:
+            self.count = torch.zeros((), dtype=torch.int64, device=self.rows.device)
+        self.count.fill_(self.stored)
+        power = 1 << (self.stored - 1).bit_length() if self.stored else 0
+        return min(power, len(self.rows))
+
+    def pairs(self, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor]:
+        """Local and global features, each (n, width): all stored rows, or those asked for."""
+        local, global_ = self.rows[slice(self.stored) if rows is None else rows].chunk(2, dim=1)
         return local, global_

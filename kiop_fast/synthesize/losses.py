@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -56,12 +57,13 @@ def head_weights(rng: np.random.Generator, head: ProjectionHead) -> dict[str, Te
 
 
 def contrastive_loss(
-    head: ProjectionHead,
+    head: Callable[[Tensor], Tensor],
     local: Tensor,
     global_: Tensor,
     cached_local: Tensor,
     cached_global: Tensor,
     temperature: float,
+    count: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE of [local; cached local] against [global; cached global], 0-d (paper eq. 3).
 
@@ -70,8 +72,10 @@ def contrastive_loss(
     added; with an empty bank there is no cached term.
 
     Args:
+        head: the projection head.
         local, global_: (N, F) features of this batch.
         cached_local, cached_global: (n, F) rows of the feature bank.
+        count: how many of the cached rows hold features, 0-d on the device; None: all.
     """
     batch, cached = len(local), len(cached_local)
     queries = head(local)
@@ -80,5 +84,6 @@ def contrastive_loss(
     weights = local.new_full((batch + cached,), 1.0 / batch)
     if cached:
         queries = torch.cat([queries, head(cached_local)])
-        weights[batch:] = 1.0 / cached
-    return info_nce(queries, keys, temperature, weights)
+        weights[batch:] = 1.0 / (cached if count is None else count.clamp(min=1))
+    valid = None if count is None else count + batch
+    return info_nce(queries, keys, temperature, weights, num_keys=valid)

@@ -7,23 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kiop_fast.config import SynthesisConfig
 from kiop_fast.data.spec import DatasetInfo
-from kiop_fast.kernels import views
 from kiop_fast.runtime import draws
-from kiop_fast.source import BatchNormTaps, Source, batchnorm_layers
+from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.optimizers import adam
+from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.synthesize.banks import FeatureBank, quantise
 from kiop_fast.synthesize.generator import Generator, generator_weights, load_weights
-from kiop_fast.synthesize.losses import (
-    TERMS,
-    ProjectionHead,
-    adversarial_loss,
-    contrastive_loss,
-    head_weights,
-)
+from kiop_fast.synthesize.losses import ProjectionHead, head_weights
+from kiop_fast.synthesize.step import SynthesisStep
 
 
 @dataclass(frozen=True)
@@ -107,25 +102,32 @@ class Synthesizer:
         side: image side, pixels.
         bank_rows: capacity of the feature bank, min(config.bank_rows, all rows of the run).
         seed, task: name of the draw of the head's first weights.
+        execution: precision, graphs, compiled regions.
     """
 
     def __init__(
         self, teacher: Source, config: SynthesisConfig, normaliser: DatasetInfo, *, side: int,
         bank_rows: int, seed: int, task: str, device: torch.device,
+        execution: Execution = Execution(),
     ) -> None:  # fmt: skip
-        self.teacher, self.config, self.device = teacher, config, device
-        self.mean = torch.tensor(normaliser.mean, device=device)
-        self.std = torch.tensor(normaliser.std, device=device)
         features = sum(m.num_features for m in batchnorm_layers(teacher.model).values())
-        self.generator = Generator(
-            config.latent, config.width, side, generator_channels(config, teacher)
-        ).to(device)
-        self.generator.to(memory_format=torch.channels_last)
+        channels = generator_channels(config, teacher)
+        generator = Generator(config.latent, config.width, side, channels).to(device)
+        generator.to(memory_format=torch.channels_last)
         self.head = ProjectionHead(features, config.head_width, config.head_dim)
         load_weights(self.head, head_weights(draws.generator(seed, 0, task, "head"), self.head))
         self.head.to(device)
-        self.head_optimizer = torch.optim.Adam(self.head.parameters(), lr=config.lr)
+        self.head_optimizer = adam(self.head.parameters(), config.lr)
         self.features = FeatureBank(bank_rows, features, device)
+        self._step = SynthesisStep(
+            teacher, config, normaliser, generator, self.head, self.head_optimizer, self.features,
+            execution,
+        )  # fmt: skip
+
+    @property
+    def captures(self) -> int:
+        """CUDA graphs made so far: one a student and size bucket of the feature bank."""
+        return self._step.captures
 
     def synthesize(
         self,
@@ -138,73 +140,20 @@ class Synthesizer:
 
         Args:
             drawn: its random numbers.
-            student: normalised images → A's unmapped logits through the prompt.
+            student: normalised images → A's unmapped logits through the prompt.  The same
+                callable in a later call finds its captured graph again.
             mapping: A's class for each of the teacher's; None where A is the teacher.
             on_step: called with the number of finished steps and the total loss (a tensor).
         """
-        config = self.config
-        load_weights(self.generator, drawn.weights)
-        self.generator.train()
-        z = drawn.z.to(self.mean, copy=True).requires_grad_()
-        targets = drawn.targets.to(self.device)
-        optimizer = torch.optim.Adam(
-            [*self.generator.parameters(), z], lr=config.lr, betas=(config.beta1, config.beta2)
-        )
-        best = torch.full((), torch.inf, device=self.device)
-        best_step = torch.zeros((), dtype=torch.int64, device=self.device)
-        best_images = best_features = torch.empty(0)
-        losses = torch.empty(config.steps, len(TERMS), device=self.device)
-        taps = BatchNormTaps(self.teacher.model, rows=config.batch)
-        for step in range(config.steps):
-            images = self.generator(z)
-            terms, features = self._terms(images, drawn, step, targets, student, mapping, taps)
-            total = terms[-1]
-            losses[step] = torch.stack(terms).detach()
-            if step == 0:
-                best_images = torch.empty_like(images)
-                best_features = torch.empty_like(features)
-            take = (total < best) | torch.tensor(step == 0, device=self.device)
-            best = torch.where(take, total, best).detach()
-            best_step = torch.where(take, step, best_step)
-            best_images = torch.where(take, images, best_images).detach()
-            best_features = torch.where(take, features, best_features)
-            optimizer.zero_grad()
-            self.head_optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
-            if config.cr:
-                self.head_optimizer.step()
+        step, steps = self._step, len(drawn.views.crop)
+        advance = step.begin(drawn, student, mapping)
+        for done in range(1, steps + 1):
+            advance(done == steps)
             if on_step is not None:
-                on_step(step + 1, total.detach())
-        self.features.add(best_features)
+                on_step(done, step.total)
+        best = step.best
+        self.features.add(best.features)
         return Synthesised(
-            quantise(best_images), drawn.targets, best_features, losses.cpu(), int(best_step)
-        )
-
-    def _terms(
-        self, images: Tensor, drawn: SynthesisDraws, step: int, targets: Tensor,
-        student: Callable[[Tensor], Tensor], mapping: Tensor | None, taps: BatchNormTaps,
-    ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-        """Loss terms in the order of TERMS, and the batch's [local; global] features."""
-        config, seen = self.config, drawn.views
-        both = views(
-            images, seen.crop[step], seen.crop_flip[step], seen.box[step], seen.box_flip[step],
-            pad=config.pad, mean=self.mean, std=self.std,
+            quantise(best.images), drawn.targets, best.features.clone(), step.losses.cpu(),
+            int(best.step),
         )  # fmt: skip
-        batch = len(images)
-        with taps:  # off again before the student runs: A may be teacher and student
-            logits = self.teacher.model(both)[:batch]
-            bn, features = taps.take()
-        global_, local = features.split(batch)
-        oh = F.cross_entropy(logits, targets)
-        adv = cr = torch.zeros((), device=self.device)
-        if config.adv:
-            adv = adversarial_loss(student(both[:batch]), logits, mapping)
-        if config.cr:
-            rows = None if drawn.negatives is None else drawn.negatives[step].to(self.device)
-            cached_local, cached_global = self.features.pairs(rows)
-            cr = contrastive_loss(
-                self.head, local, global_, cached_local, cached_global, config.cr_temperature
-            )
-        total = config.bn * bn + config.oh * oh + config.adv * adv + config.cr * cr
-        return [bn, oh, adv, cr, total], torch.cat([local, global_], dim=1).detach()

@@ -1,0 +1,103 @@
+"""A bank's batches on the device, by the step's number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kiop_fast.kernels import bank_replay
+from kiop_fast.store.draws import StoringDraws, in_drawn_colours
+from kiop_fast.store.terms import Term
+
+_CHUNK = 256  # images a forward pass while logits of a whole bank are computed
+
+
+class Replay:
+    """Batches of one term's bank, and what its frozen model says about them.
+
+    Where nothing is done to an image but normalising it, the frozen model's logits are those of
+    the bank's rows: computed once an image and run, and gathered.
+
+    Args:
+        term: whose bank.
+        dtype: of the batches.
+        device: where batches are made.
+
+    Attributes:
+        rows: images a batch.
+    """
+
+    def __init__(self, term: Term, dtype: torch.dtype, device: torch.device) -> None:
+        self.term, self.device = term, device
+        self.rows = 0
+        self.mean = torch.tensor(term.source.info.mean, dtype=dtype, device=device)
+        self.std = torch.tensor(term.source.info.std, dtype=dtype, device=device)
+        self._pad = 0
+        self._tables: dict[str, Tensor] = {}
+        self._images = torch.empty(0)
+        self._logits: Tensor | None = None
+        self._known = 0  # rows of the bank whose logits are there
+
+    @property
+    def held(self) -> tuple[object, ...]:
+        """What decides a captured step: where this reads from."""
+        places = [(name, table.data_ptr()) for name, table in sorted(self._tables.items())]
+        logits = None if self._logits is None else self._logits.data_ptr()
+        return (self._images.data_ptr(), logits, self._pad, *places)
+
+    def begin(self, drawn: StoringDraws) -> None:
+        """Put a period's tables where the step reads them."""
+        self.rows, self._pad = drawn.index.shape[1], drawn.pad
+        tables = {
+            "index": drawn.index, "crop": drawn.crop, "flip": drawn.flip, "colours": drawn.colours,
+        }  # fmt: skip
+        for name, table in tables.items():
+            held = self._tables.get(name)
+            if table is None:
+                self._tables.pop(name, None)
+            elif held is not None and held.shape == table.shape:
+                held.copy_(table)
+            else:
+                self._tables[name] = table.to(self.device, copy=True)
+        stored = len(self.term.bank.images)
+        self._images = getattr(self.term.bank, "buffer", self.term.bank.images)
+        plain = drawn.crop is None and drawn.flip is None and drawn.colours is None
+        if plain and self.term.loss.constant is not None and stored <= drawn.index.numel():
+            self._look(stored)
+        else:
+            self._logits, self._known = None, 0
+
+    @torch.no_grad()
+    def _look(self, stored: int) -> None:
+        """The frozen model's logits of the rows that are new in the bank."""
+        constant = self.term.loss.constant
+        assert constant is not None
+        for start in range(self._known, stored, _CHUNK):
+            rows = torch.arange(start, min(start + _CHUNK, stored), device=self._images.device)
+            logits = constant(self._normalised(rows))
+            if self._logits is None or len(self._logits) < len(self._images):
+                wider = logits.new_zeros(len(self._images), logits.shape[1])
+                wider[: self._known] = 0 if self._logits is None else self._logits[: self._known]
+                self._logits = wider
+            self._logits[rows] = logits
+            self._known = int(rows[-1]) + 1
+
+    def batch(self, at: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Step ``at``'s images (N, 3, s, s), normalised, and the frozen model's logits if known."""
+        row = {
+            name: table.index_select(0, at.view(1))[0] for name, table in self._tables.items()
+        }
+        images = self._normalised(row["index"], row.get("crop"), row.get("flip"))
+        logits = None if self._logits is None else self._logits.index_select(0, row["index"])
+        return in_drawn_colours(images, row.get("colours")), logits
+
+    def _normalised(
+        self, index: Tensor, crop: Tensor | None = None, flip: Tensor | None = None
+    ) -> Tensor:
+        batch = bank_replay(
+            self._images, index, crop=crop, flip=flip, pad=self._pad, mean=self.mean, std=self.std,
+            dtype=self.mean.dtype, channels_last=True,
+        )  # fmt: skip
+        if self.term.average_grey:
+            batch = batch.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+        return batch
