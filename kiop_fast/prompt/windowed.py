@@ -136,8 +136,9 @@ class _BatchNorm(torch.autograd.Function):
                 bias: Tensor | None, hole: tuple[slice, slice], eps: float) -> tuple[Tensor, Tensor]:  # fmt: skip
         pixels, inside = surround[0, 0].numel(), window[0, 0].numel()
         outside = pixels - inside
-        of_window, mean_of_window = torch.var_mean(window, (0, 2, 3), correction=0)
-        mean_outside = _without(surround, hole).sum((0, 2, 3)) / outside
+        acc = torch.promote_types(window.dtype, torch.float32)
+        of_window, mean_of_window = torch.var_mean(window.to(acc), (0, 2, 3), correction=0)
+        mean_outside = _without(surround.to(acc), hole).sum((0, 2, 3)) / outside
         centred = _without(surround - mean_outside[:, None, None], hole)
         squares = centred.square().sum((0, 2, 3))
         between = (mean_of_window - mean_outside).square() * (inside * outside / pixels)
@@ -154,6 +155,7 @@ class _BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         surround, window, weight, mean, var = ctx.saved_tensors
+        dtype, grads = window.dtype, tuple(grad.to(mean.dtype) for grad in grads)
         by_surround, by_window = _without(grads[0], ctx.hole), grads[1]
         rows, pixels = len(window), surround[0, 0].numel()
         inverse = (var + ctx.eps).rsqrt()
@@ -165,7 +167,8 @@ class _BatchNorm(torch.autograd.Function):
         slope, shift = moment[:, None, None] * scale, level[:, None, None] * scale
 
         def gradient(grad: Tensor, x: Tensor, times: int) -> Tensor:
-            return (grad * scale).sub_(shift * times).addcmul_(x, slope, value=-times)
+            centred = (grad * scale).sub_(shift * times).addcmul_(x, slope, value=-times)
+            return centred.to(dtype)
 
         return (
             _without(gradient(by_surround, surround, rows), ctx.hole),
