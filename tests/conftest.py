@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,6 +17,14 @@ from kiop_fast.source.zoo import build
 def _one_thread() -> None:
     """Fixed thread count: sums are then made in the same order on every machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Inside, new tensors are fp64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def random_source(arch: str, data: str, side: int, seed: int = 0) -> Source:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from kiop_fast.synthesize import draw_synthesis, generator_channels
 
 CPU = torch.device("cpu")
 SIDE, BATCH, SEED = 8, 6, 5
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,7 +162,7 @@ def period(terms: list[Term], steps: int) -> dict[str, StoringDraws]:
 
 
 @ROOMS
-def test_two_steps_of_sgd_by_hand(room: str) -> None:
+def test_two_steps_of_sgd_by_hand(room: str, double: None) -> None:
     """v ← 0.9 v + g + wd p;  p ← p − lr v, with g of the weighted sum of the terms."""
     _, _, prompt, terms = setting(room)
     lr, momentum, decay = 0.7, 0.9, 0.05

@@ -29,7 +29,6 @@ from kiop_fast.kernels.crop import (
     crop_window,
     empty_images,
     flipped_columns,
-    on_host,
     require_rows,
     stored,
     unsupported_result,
@@ -151,7 +150,7 @@ def _check(bank: Tensor, index: Tensor, dtype: torch.dtype) -> None:
     if index.numel() == 0:
         raise KernelError("bank_replay: the batch is empty", got=f"index {tuple(index.shape)}")
     check_table("bank_replay", bank, "index", index, (index.numel(),), "integer")
-    if on_host(index):
+    if dispatch.on_host(index):
         expected = f"a row of the bank, 0 to {len(bank) - 1}"
         inside = (index >= 0) & (index < len(bank))
         require_rows("bank_replay", "index", index, inside, expected)

@@ -72,17 +72,12 @@ def check_normaliser(
     return mean, std
 
 
-def on_host(table: Tensor) -> bool:
-    """Whether the numbers in a table can be looked at without waiting for a device."""
-    return table.is_cpu and not torch.compiler.is_compiling()
-
-
 def check_crop(op: str, images: Tensor, crop: Tensor, count: int, pad: int) -> None:
     """crop is (count, 2) integers that stay within the black frame of ``pad``."""
     if pad < 0:
         raise KernelError(f"{op}: pad must not be negative", got=pad, expected="0 or more")
     check_table(op, images, "crop", crop, (count, 2), "integer")
-    if on_host(crop):
+    if dispatch.on_host(crop):
         inside = ((crop >= 0) & (crop <= 2 * pad)).all(1)
         require_rows(op, "crop", crop, inside, f"top and left between 0 and {2 * pad} (2 · pad)")
 

@@ -145,3 +145,8 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def on_host(table: Tensor) -> bool:
+    """Whether the numbers in a table can be looked at without waiting for a device."""
+    return table.is_cpu and not torch.compiler.is_compiling()

@@ -239,7 +239,7 @@ def _check(
             got=f"{tuple(mapping.shape)} {mapping.dtype}",
             expected=f"({classes},) torch.int64, one class of logits a target class",
         )
-    if mapping.device.type == "cpu" and not torch.compiler.is_compiling():
+    if dispatch.on_host(mapping):
         low, high = mapping.aminmax()
         if low < 0 or high >= logits.shape[1]:
             raise KernelError(

@@ -34,7 +34,6 @@ from kiop_fast.kernels.crop import (
     crop_window,
     empty_images,
     flipped_columns,
-    on_host,
     require_rows,
     stored,
     unsupported_result,
@@ -224,7 +223,7 @@ def views(
     check_table("views", images, "crop_flip", crop_flip, (count,), "bool")
     check_table("views", images, "box", box, (count, 4), "integer")
     check_table("views", images, "box_flip", box_flip, (count,), "bool")
-    if on_host(box):
+    if dispatch.on_host(box):
         start, size = box[:, :2], box[:, 2:]
         inside = (start >= 0) & (size >= 1) & (start + size <= side)
         expected = f"top, left, height, width of a box inside {side} × {side}"

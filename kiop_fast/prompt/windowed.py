@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
+Hole = tuple[Any, slice, slice]  # where the window lies, as an index
+
 # Part of a map from which the whole of it is as quick: the window is copied with its halo for
 # every layer.  Measured: see docs/performance.md.
 WHOLE = 0.7
@@ -109,11 +111,12 @@ class _Paste(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, around: Tensor, window: Tensor, top: int, left: int) -> Tensor:
-        ctx.hole = (slice(top, top + window.shape[2]), slice(left, left + window.shape[3]))
+        rows, columns = slice(top, top + window.shape[2]), slice(left, left + window.shape[3])
+        ctx.hole = (..., rows, columns)
         shape = (len(window), *around.shape[1:])
         result = window.new_empty(shape).contiguous(memory_format=torch.channels_last)
         result.copy_(around.expand(shape))
-        result[(..., *ctx.hole)] = window
+        result[ctx.hole] = window
         return result
 
     @staticmethod
@@ -122,9 +125,9 @@ class _Paste(torch.autograd.Function):
         by_around = by_window = None
         if ctx.needs_input_grad[0]:
             by_around = grad.sum(0, keepdim=True)
-            by_around[(..., *ctx.hole)] = 0
+            by_around[ctx.hole] = 0
         if ctx.needs_input_grad[1]:
-            by_window = grad[(..., *ctx.hole)]
+            by_window = grad[ctx.hole]
         return by_around, by_window, None, None
 
 
@@ -132,8 +135,10 @@ class _BatchNorm(torch.autograd.Function):
     """BatchNorm of a windowed batch with the statistics of the whole of it; affine frozen."""
 
     @staticmethod
-    def forward(ctx: Any, surround: Tensor, window: Tensor, weight: Tensor | None,
-                bias: Tensor | None, hole: tuple[slice, slice], eps: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any, surround: Tensor, window: Tensor, weight: Tensor | None, bias: Tensor | None,
+        hole: Hole, eps: float,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         pixels, inside = surround[0, 0].numel(), window[0, 0].numel()
         outside = pixels - inside
         acc = torch.promote_types(window.dtype, torch.float32)
@@ -177,14 +182,14 @@ class _BatchNorm(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _without(x: Tensor, hole: tuple[slice, slice]) -> Tensor:
+def _without(x: Tensor, hole: Hole) -> Tensor:
     x = x.clone()
-    x[(..., *hole)] = 0
+    x[hole] = 0
     return x
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def _reach(
@@ -212,10 +217,10 @@ def _slid(
     geometry = zip(
         x.box, x.surround.shape[2:], *map(_pair, (kernel, stride, padding, dilation)), strict=True
     )
-    reach = [_reach(*axis) for axis in geometry]
-    if reach[0] is None or reach[1] is None:
+    down, across = (_reach(*axis) for axis in geometry)
+    if down is None or across is None:
         return NotImplemented
-    (outputs, rows), (places, columns) = reach
+    (outputs, rows), (places, columns) = down, across
     window = op(x.patch(rows, columns), 0)
     return _smallest(Windowed(op(x.surround, padding), window, outputs[0], places[0]))
 
@@ -260,7 +265,7 @@ def _batch_norm(
     learns = any(p is not None and p.requires_grad for p in (weight, bias))
     if learns or running_mean is not None:
         return NotImplemented
-    hole = (slice(*input.box[0]), slice(*input.box[1]))
+    hole = (..., slice(*input.box[0]), slice(*input.box[1]))
     return Windowed(
         *_BatchNorm.apply(input.surround, input.window, weight, bias, hole, eps), *input.corner
     )

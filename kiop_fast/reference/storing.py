@@ -20,9 +20,7 @@ Key = tuple[int, int, int, bool]  # row of the bank, top and left of the crop, f
 class Storing:
     """Periods of one run, one by one; as :class:`kiop_fast.store.Storing`."""
 
-    def __init__(
-        self, terms: Sequence[Term], optimizer: torch.optim.Optimizer, steps: int
-    ) -> None:
+    def __init__(self, terms: Sequence[Term], optimizer: torch.optim.Optimizer, steps: int) -> None:
         self.terms, self.optimizer, self.steps = terms, optimizer, steps
 
     def run(

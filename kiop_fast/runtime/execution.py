@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from kiop_fast.config import PRECISIONS
 from kiop_fast.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ class Execution:
         if device.type != "cuda":
             yield
             return
-        flags = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+        flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
         before = [flag.fp32_precision for flag in flags]
         for flag in flags:
             flag.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
@@ -61,9 +61,14 @@ class Execution:
                 flag.fp32_precision = value
 
 
+PLAIN = Execution()
+
+
 def precisions(device: torch.device) -> list[str]:
     """What a device can compute with; on the CPU bf16 works everywhere, fast only with
     avx512_bf16 or amx_bf16."""
     if device.type != "cuda":
         return ["fp32", "bf16"]
-    return list(PRECISIONS) if torch.cuda.get_device_capability(device) >= (8, 0) else ["fp32"]
+    return (
+        ["fp32", "tf32", "bf16"] if torch.cuda.get_device_capability(device) >= (8, 0) else ["fp32"]
+    )

@@ -43,9 +43,7 @@ class Counter(TorchDispatchMode):
         self.flops: dict[str, int] = defaultdict(int)
         self.bytes: dict[str, int] = defaultdict(int)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
@@ -118,7 +116,9 @@ class StepProfiler:
         table = []
         for name, spent in self.stages.items():
             per = max(spent, 1e-6) * 1e6
-            table.append((name, spent, self.counter.flops[name] / per, self.counter.bytes[name] / per))
+            table.append(
+                (name, spent, self.counter.flops[name] / per, self.counter.bytes[name] / per)
+            )
         whole = max(self.seconds, 1e-9) * 1e9
         table.append((
             "step", self.seconds * 1e3, sum(self.counter.flops.values()) / whole,

@@ -1,4 +1,4 @@
-"""A step over tensors that stay where they are: called on the CPU, captured and replayed on CUDA."""
+"""A step over tensors that stay where they are: called on the CPU, replayed as a graph on CUDA."""
 
 from __future__ import annotations
 

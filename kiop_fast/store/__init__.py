@@ -9,8 +9,8 @@ from kiop_fast.store.draws import (
 from kiop_fast.store.period import Storing, store
 from kiop_fast.store.terms import (
     Bank,
+    Imitation,
     Term,
-    TransferLoss,
     core_loss,
     provider_loss,
     vanilla_loss,
@@ -18,10 +18,10 @@ from kiop_fast.store.terms import (
 
 __all__ = [
     "Bank",
+    "Imitation",
     "Storing",
     "StoringDraws",
     "Term",
-    "TransferLoss",
     "core_loss",
     "draw_storing",
     "in_drawn_colours",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kiop_fast.runtime import optimizers
-from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.execution import PLAIN, Execution
 from kiop_fast.runtime.profile import stage
 from kiop_fast.runtime.static_step import StaticStep
 from kiop_fast.store.draws import StoringDraws
@@ -28,14 +28,14 @@ class Storing:
 
     def __init__(
         self, terms: Sequence[Term], optimizer: torch.optim.Optimizer, steps: int,
-        execution: Execution = Execution(),
+        execution: Execution = PLAIN,
     ) -> None:  # fmt: skip
         self.terms, self.optimizer, self.execution = tuple(terms), optimizer, execution
         self._learned = [p for group in optimizer.param_groups for p in group["params"]]
         like = self._learned[0]
         self.device = like.device
         self.at = torch.zeros((), dtype=torch.int64, device=like.device)
-        self.total = like.new_zeros(())
+        self.totals = like.new_zeros(steps)
         self.log = like.new_zeros(steps, 2 * len(terms))
         self._weights = like.new_tensor([term.weight for term in terms])
         self._replays = [Replay(term, like.dtype, like.device) for term in terms]
@@ -73,7 +73,7 @@ class Storing:
         for done in range(1, len(self.log) + 1):
             step()
             if on_step is not None:
-                on_step(done, self.total)
+                on_step(done, self.totals[done - 1])
         return self.log.cpu()
 
     def _state(self) -> list[Tensor]:
@@ -84,14 +84,14 @@ class Storing:
         with self.execution.active(self.device):
             for replay in self._replays:
                 with stage("bank replay"):
-                    batch, constant = replay.batch(self.at)
-                results.append(replay.term.loss(batch, constant))
+                    batch = replay.batch(self.at)
+                results.append(replay.term.loss(*batch))
         losses = torch.stack([result.loss for result in results])
         total = (losses * self._weights).sum()
         rows = [replay.rows for replay in self._replays]
         shares = [result.agreement / n for result, n in zip(results, rows, strict=True)]
         with torch.no_grad():
-            self.total.copy_(total)
+            self.totals.index_copy_(0, self.at.view(1), total.view(1).to(self.totals))
             row = torch.cat([losses, torch.stack(shares).to(losses)])
             self.log.index_copy_(0, self.at.view(1), row.to(self.log)[None])
             self.at.add_(1)
@@ -107,7 +107,7 @@ def store(
     optimizer: torch.optim.Optimizer,
     steps: int,
     on_step: Callable[[int, Tensor], None] | None = None,
-    execution: Execution = Execution(),
+    execution: Execution = PLAIN,
 ) -> Tensor:
     """One period on its own; arguments and result as in :class:`Storing`."""
     return Storing(terms, optimizer, steps, execution).run(drawn, on_step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -62,16 +64,15 @@ class Replay:
         stored = len(self.term.bank.images)
         self._images = getattr(self.term.bank, "buffer", self.term.bank.images)
         plain = drawn.crop is None and drawn.flip is None and drawn.colours is None
-        if plain and self.term.loss.constant is not None and stored <= drawn.index.numel():
-            self._look(stored)
+        constant = getattr(self.term.loss, "constant", None)
+        if plain and constant is not None and stored <= drawn.index.numel():
+            self._look(stored, constant)
         else:
             self._logits, self._known = None, 0
 
     @torch.no_grad()
-    def _look(self, stored: int) -> None:
+    def _look(self, stored: int, constant: Callable[[Tensor], Tensor]) -> None:
         """The frozen model's logits of the rows that are new in the bank."""
-        constant = self.term.loss.constant
-        assert constant is not None
         for start in range(self._known, stored, _CHUNK):
             rows = torch.arange(start, min(start + _CHUNK, stored), device=self._images.device)
             logits = constant(self._normalised(rows))
@@ -82,14 +83,14 @@ class Replay:
             self._logits[rows] = logits
             self._known = int(rows[-1]) + 1
 
-    def batch(self, at: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Step ``at``'s images (N, 3, s, s), normalised, and the frozen model's logits if known."""
-        row = {
-            name: table.index_select(0, at.view(1))[0] for name, table in self._tables.items()
-        }
+    def batch(self, at: Tensor) -> tuple[Tensor, ...]:
+        """Step ``at``: images (N, 3, s, s), normalised; then the frozen logits if known."""
+        row = {name: table.index_select(0, at.view(1))[0] for name, table in self._tables.items()}
         images = self._normalised(row["index"], row.get("crop"), row.get("flip"))
-        logits = None if self._logits is None else self._logits.index_select(0, row["index"])
-        return in_drawn_colours(images, row.get("colours")), logits
+        images = in_drawn_colours(images, row.get("colours"))
+        if self._logits is None:
+            return (images,)
+        return images, self._logits.index_select(0, row["index"])
 
     def _normalised(
         self, index: Tensor, crop: Tensor | None = None, flip: Tensor | None = None

@@ -23,17 +23,6 @@ class Bank(Protocol):
         """(M, C, s, s) uint8."""
 
 
-class TransferLoss(Protocol):
-    """A term's loss as a function of a normalised batch (N, 3, s, s)."""
-
-    @property
-    def constant(self) -> Callable[[Tensor], Tensor] | None:
-        """Normalised images → logits that depend on nothing but the image; None: there are none."""
-
-    def __call__(self, images: Tensor, constant: Tensor | None = None) -> MappedKL:
-        """Loss and arg-max agreement; ``constant`` spares computing those logits here."""
-
-
 @dataclass(frozen=True)
 class Term:
     """One summand of the transfer loss.
@@ -44,7 +33,9 @@ class Term:
         bank: where its images come from.
         source: whose statistics normalise them.
         average_grey: RGB images of a grey task are averaged over the channels (upstream).
-        loss: normalised batch (N, 3, s, s) → loss and arg-max agreement.
+        loss: normalised batch (N, 3, s, s) → loss and arg-max agreement.  Where it has an
+            attribute ``constant``, normalised images → logits that depend on nothing but each
+            image, it may be given these as well.
     """
 
     name: str
@@ -52,11 +43,11 @@ class Term:
     bank: Bank
     source: Source
     average_grey: bool
-    loss: TransferLoss
+    loss: Callable[..., MappedKL]
 
 
 @dataclass(frozen=True)
-class _Imitation:
+class Imitation:
     """KL_T between a model that learns and one that does not, either as the target.
 
     Attributes:
@@ -91,28 +82,28 @@ class _Imitation:
         return mapped_kl(constant, seen, None, self.temperature)
 
 
-def core_loss(prompted: PromptedModel, temperature: float, target_side: str) -> TransferLoss:
+def core_loss(prompted: PromptedModel, temperature: float, target_side: str) -> Imitation:
     """A keeps its own job: KL_T between A through the core and plain A (paper eq. 5).
 
     With ``target_side="prompted"``, as upstream, the prompted output is the KL's target and the
     gradient flows through the target's side; ``"plain"`` makes plain A the target.
     """
     alone = prompted.batchnorm == "running" and prompted.dropout is None
-    return _Imitation(
+    return Imitation(
         prompted.logits, prompted.plain_logits, alone, None, temperature, target_side == "prompted"
     )
 
 
 def provider_loss(
     prompted: PromptedModel, provider: Source, temperature: float, target_side: str
-) -> TransferLoss:
+) -> Imitation:
     """A learns a provider's job: KL_T(B(x) ‖ mapped A(γ x)) (paper eq. 6)."""
-    return _Imitation(
+    return Imitation(
         prompted.logits, provider.model, True, prompted.mapping, temperature,
         target_side != "provider",
     )  # fmt: skip
 
 
-def vanilla_loss(student: nn.Module, provider: Source, temperature: float) -> TransferLoss:
+def vanilla_loss(student: nn.Module, provider: Source, temperature: float) -> Imitation:
     """Mode ``vanilla``: a trainable copy of A imitates B, no prompt (SPEC section 6)."""
-    return _Imitation(student, provider.model, True, None, temperature, False)
+    return Imitation(student, provider.model, True, None, temperature, False)

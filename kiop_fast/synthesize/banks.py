@@ -22,9 +22,7 @@ class ImageBank:
         targets: (M,) int64, the class each image was made for.
     """
 
-    def __init__(
-        self, channels: int, side: int, device: torch.device, capacity: int = 0
-    ) -> None:
+    def __init__(self, channels: int, side: int, device: torch.device, capacity: int = 0) -> None:
         shape = (capacity, channels, side, side)
         self.buffer = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.targets = torch.empty(0, dtype=torch.int64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kiop_fast.config import SynthesisConfig
 from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.runtime import draws
-from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.execution import PLAIN, Execution
 from kiop_fast.runtime.optimizers import adam
 from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.synthesize.banks import FeatureBank, quantise
@@ -108,20 +108,21 @@ class Synthesizer:
     def __init__(
         self, teacher: Source, config: SynthesisConfig, normaliser: DatasetInfo, *, side: int,
         bank_rows: int, seed: int, task: str, device: torch.device,
-        execution: Execution = Execution(),
+        execution: Execution = PLAIN,
     ) -> None:  # fmt: skip
         features = sum(m.num_features for m in batchnorm_layers(teacher.model).values())
         channels = generator_channels(config, teacher)
-        generator = Generator(config.latent, config.width, side, channels).to(device)
-        generator.to(memory_format=torch.channels_last)
+        self.config = config
+        self.generator = Generator(config.latent, config.width, side, channels).to(device)
+        self.generator.to(memory_format=torch.channels_last)
         self.head = ProjectionHead(features, config.head_width, config.head_dim)
         load_weights(self.head, head_weights(draws.generator(seed, 0, task, "head"), self.head))
         self.head.to(device)
         self.head_optimizer = adam(self.head.parameters(), config.lr)
         self.features = FeatureBank(bank_rows, features, device)
         self._step = SynthesisStep(
-            teacher, config, normaliser, generator, self.head, self.head_optimizer, self.features,
-            execution,
+            teacher, config, normaliser, self.generator, self.head, self.head_optimizer,
+            self.features, execution,
         )  # fmt: skip
 
     @property
@@ -145,12 +146,12 @@ class Synthesizer:
             mapping: A's class for each of the teacher's; None where A is the teacher.
             on_step: called with the number of finished steps and the total loss (a tensor).
         """
-        step, steps = self._step, len(drawn.views.crop)
+        step, steps = self._step, self.config.steps
         advance = step.begin(drawn, student, mapping)
         for done in range(1, steps + 1):
             advance(done == steps)
             if on_step is not None:
-                on_step(done, step.total)
+                on_step(done, step.losses[done - 1, -1])
         best = step.best
         self.features.add(best.features)
         return Synthesised(

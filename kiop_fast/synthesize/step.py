@@ -62,7 +62,6 @@ class SynthesisStep:
 
     Attributes:
         losses: (steps, len(TERMS)) of the current call.
-        total: loss of the last step.
         best: its best step.
     """
 
@@ -85,15 +84,14 @@ class SynthesisStep:
         self.z = like.new_zeros(images, config.latent).requires_grad_()
         self._learned = [*generator.parameters(), self.z]
         self._head_learned = list(head.parameters()) if config.cr else []
-        self.optimizer = optimizers.adam(
-            self._learned, config.lr, (config.beta1, config.beta2)
-        )
+        self.optimizer = optimizers.adam(self._learned, config.lr, (config.beta1, config.beta2))
         self.targets = torch.zeros(images, dtype=torch.int64, device=self.device)
         self.losses = like.new_zeros(steps, len(TERMS))
-        self.total = like.new_zeros(())
         self.at = torch.zeros((), dtype=torch.int64, device=self.device)
         width = features.rows.shape[1]
-        self.best = Best(like.new_empty(images, generator.channels, side, side), like.new_empty(images, width))
+        self.best = Best(
+            like.new_empty(images, generator.channels, side, side), like.new_empty(images, width)
+        )
         self._tables: dict[str, Tensor] = {}
         self._runs: dict[_Call, StaticStep] = {}
         self._taps = BatchNormTaps(teacher.model, rows=images)
@@ -172,7 +170,6 @@ class SynthesisStep:
             terms, features = self._terms(images, call)
         total = terms[-1]
         with torch.no_grad():
-            self.total.copy_(total)
             self.losses.index_copy_(0, self.at.view(1), torch.stack(terms)[None])
             self.best.offer(self.at, total, images, features)
             self.at.add_(1)
