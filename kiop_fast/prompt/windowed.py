@@ -26,7 +26,7 @@ Hole = tuple[Any, slice, slice]  # where the window lies, as an index
 
 # Part of a map from which the whole of it is as quick: the window is copied with its halo for
 # every layer.  Measured: see docs/performance.md.
-WHOLE = 0.7
+WHOLE = 0.3
 
 
 class Windowed(Tensor):
