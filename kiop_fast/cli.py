@@ -51,6 +51,7 @@ Prompt = Annotated[Path, Argument(help="prompt.safetensors, or its run folder")]
 Target = Annotated[str | None, Option(help=r"model A: \[SCHEME:]NAME\[@DATA]\[=PATH]")]
 Providers = Annotated[list[str] | None, Option("--provider", help="model B; repeatable")]
 Device = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:N")]
+Loader = Annotated[str | None, Option(help="real images: auto, dali, torch")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress bars")]
 Json = Annotated[bool, Option("--json", help="print JSON instead of a table")]
 
@@ -70,6 +71,7 @@ def train(
     side: Annotated[int | None, Option(help="image side, pixels")] = None,
     threads: Annotated[int | None, Option(help="CPU threads")] = None,
     device: Device = None,
+    loader: Loader = None,
     out: Annotated[
         Path | None, Option(help="run folder (runs/PRESET-TARGET-PROVIDER-sSEED)")
     ] = None,
@@ -81,7 +83,8 @@ def train(
     from kiop_fast import commands as do
 
     flags = {"target": target, "providers": provider, "mode": mode, "engine": engine, "seed": seed,
-             "epochs": epochs, "side": side, "threads": threads, "device": device}  # fmt: skip
+             "epochs": epochs, "side": side, "threads": threads, "device": device,
+             "loading": {"loader": loader} if loader else None}  # fmt: skip
     chosen = do.train_config(preset, config, flags, overrides or [], resume=out if resume else None)
     numbers = do.parse_seeds(seeds) if seeds else [chosen.seed]
     finished = do.train_seeds(chosen, numbers, out, resume=resume, quiet=quiet or as_json)
@@ -121,6 +124,7 @@ def pretrain(
     seed: Annotated[int | None, Option()] = None,
     epochs: Annotated[int | None, Option()] = None,
     device: Device = None,
+    loader: Loader = None,
     out: Annotated[Path | None, Option(help="file to write (the cache)")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -129,7 +133,8 @@ def pretrain(
     from kiop_fast.pretrain import pretrain as run
     from kiop_fast.runtime.progress import make_progress
 
-    flags = {"arch": arch, "side": side, "seed": seed, "epochs": epochs, "device": device}
+    flags = {"arch": arch, "side": side, "seed": seed, "epochs": epochs, "device": device,
+             "loading": {"loader": loader} if loader else None}  # fmt: skip
     with make_progress(quiet=quiet) as progress:
         path = run(do.pretrain_config(data, flags, overrides or []), out, progress)
     typer.echo(path)
@@ -142,6 +147,7 @@ def evaluate(
     provider: Providers = None,
     batch: Annotated[int, Option(help="images a forward pass")] = 256,
     device: Device = None,
+    loader: Loader = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy of a prompt on its tasks' test data, between floor and ceiling."""
@@ -152,7 +158,7 @@ def evaluate(
         prompt, target=target, providers=provider or None, device=device
     )
     folder = prompt if prompt.is_dir() else prompt.parent
-    found = do.evaluate_run(artefact, sources, folder, batch)
+    found = do.evaluate_run(artefact, sources, folder, batch, loader)
     typer.echo(json.dumps(found)) if as_json else _print(accuracy_table(found))
 
 

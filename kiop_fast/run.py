@@ -194,7 +194,7 @@ class Run:
         M is at most ``prompt.calibration_images``, evenly spaced over the bank.
         """
         most = self.config.prompt.calibration_images
-        images = task.bank.images[:: -(-len(task.bank) // most)]
+        images = task.bank.spread(most)
         images = images.to(self.device, torch.get_default_dtype()) / 255
         if task.source.info.channels == 1:
             images = images.mean(dim=1, keepdim=True)
@@ -250,7 +250,9 @@ class Run:
                     seen, task.source, config.temperature, config.target_of_b
                 )
             grey = task.source.info.channels == 1
-            terms.append(Term(task.name, task.weight, task.bank, task.source, grey, loss))
+            terms.append(
+                Term(task.name, task.weight, task.bank, task.source, grey, loss, task.feed)
+            )
         return terms
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_io": {"config", "errors"},
     "errors": set(),
     "runtime": {"errors", "__init__"},
-    "data": {"errors", "runtime"},
+    "data": {"config", "errors", "runtime"},
     "kernels": {"errors"},
     "source": LEAVES | {"kernels", "pretrain"},
     "prompt": LEAVES | {"source", "kernels"},

@@ -2,6 +2,7 @@
 
 from kiop_fast.store.period import (
     StoringDraws,
+    augmentation,
     draw_storing,
     in_drawn_colours,
     learning_rate,
@@ -13,6 +14,7 @@ __all__ = [
     "Bank",
     "StoringDraws",
     "Term",
+    "augmentation",
     "core_loss",
     "draw_storing",
     "in_drawn_colours",

@@ -35,13 +35,17 @@ class StoringDraws:
     colours: Tensor | None = None
 
 
+def augmentation(config: StoringConfig, info: DatasetInfo) -> tuple[int, float]:
+    """Padding of the random crop, pixels, and probability of a flip."""
+    return (info.pad, info.flip) if config.augment_as_dataset else (config.pad, config.flip)
+
+
 def draw_storing(
     config: StoringConfig, info: DatasetInfo, population: int, batch: int, *,
     seed: int, epoch: int, task: str,
 ) -> StoringDraws:  # fmt: skip
     """Draw the batches of one bank for one period, from ``(seed, epoch, task, purpose)``."""
-    as_dataset = config.augment_as_dataset
-    pad, flip = (info.pad, info.flip) if as_dataset else (config.pad, config.flip)
+    pad, flip = augmentation(config, info)
     shape = (config.steps, batch)
     augment = draws.generator(seed, epoch, task, "bank augmentation")
     return StoringDraws(
@@ -117,13 +121,24 @@ class _Replay:
 
     def __init__(self, term: Term, drawn: StoringDraws) -> None:
         self.term, self.drawn = term, drawn
+        if term.feed is not None:
+            self.fed = term.feed.batches(drawn.index, drawn.crop, drawn.flip)
+            return
         self.images = term.bank.images
         self.mean = torch.tensor(term.source.info.mean, device=self.images.device)
         self.std = torch.tensor(term.source.info.std, device=self.images.device)
 
     def batch(self, step: int) -> Tensor:
+        """Batch ``step``; steps are asked for in order."""
         drawn = self.drawn
-        batch = bank_replay(
+        batch = next(self.fed) if self.term.feed is not None else self._replayed(step)
+        if self.term.average_grey:
+            batch = batch.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+        return in_drawn_colours(batch, None if drawn.colours is None else drawn.colours[step])
+
+    def _replayed(self, step: int) -> Tensor:
+        drawn = self.drawn
+        return bank_replay(
             self.images,
             drawn.index[step],
             crop=None if drawn.crop is None else drawn.crop[step],
@@ -133,6 +148,3 @@ class _Replay:
             std=self.std,
             dtype=self.mean.dtype,
         )
-        if self.term.average_grey:
-            batch = batch.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-        return in_drawn_colours(batch, None if drawn.colours is None else drawn.colours[step])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,16 @@ from torch import Tensor, nn
 from kiop_fast.kernels import MappedKL, mapped_kl
 from kiop_fast.prompt import PromptedModel
 from kiop_fast.source import Source
+
+
+class Feed(Protocol):
+    """Another maker of a bank's batches than the kernel: :class:`kiop_fast.data.Feed`."""
+
+    def batches(
+        self, index: Iterable[Tensor], crop: Iterable[Tensor] | None = None,
+        flip: Iterable[Tensor] | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Normalised (N, 3, s, s) for every table of rows."""
 
 
 class Bank(Protocol):
@@ -33,6 +43,7 @@ class Term:
         source: whose statistics normalise them.
         average_grey: RGB images of a grey task are averaged over the channels (upstream).
         loss: normalised batch (N, 3, s, s) → loss and arg-max agreement.
+        feed: makes the batches in the bank's stead (DALI); None: the kernel ``bank_replay``.
     """
 
     name: str
@@ -41,6 +52,7 @@ class Term:
     source: Source
     average_grey: bool
     loss: Callable[[Tensor], MappedKL]
+    feed: Feed | None = None
 
 
 def core_loss(

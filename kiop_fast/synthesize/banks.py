@@ -31,6 +31,10 @@ class ImageBank:
         self.images = torch.cat([self.images, images.to(self.images.device)])
         self.targets = torch.cat([self.targets, targets.cpu()])
 
+    def spread(self, most: int) -> Tensor:
+        """At most so many of the images, evenly spaced."""
+        return self.images[:: -(-len(self) // most)]
+
 
 class FeatureBank:
     """A ring of the newest feature pairs, rows ``[local; global]`` (SPEC section 4, steps 5-6).
