@@ -8,15 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-from kiop_fast.config import LoadingConfig
-from kiop_fast.data import FileSplit, dataset
-from kiop_fast.data.folder import folder_dataset
-from kiop_fast.errors import DataError
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from picture_files import (
     pictures,
     write_cifar,
@@ -25,6 +16,12 @@ from picture_files import (
     write_mnist,
     write_svhn,
 )
+from PIL import Image
+
+from kiop_fast.config import LoadingConfig
+from kiop_fast.data import FileSplit, dataset
+from kiop_fast.data.folder import folder_dataset
+from kiop_fast.errors import DataError
 
 LABELS = [3, 0, 9, 1, 1, 7, 2]
 

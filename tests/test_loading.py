@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from picture_files import pictures
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
@@ -19,10 +20,6 @@ from kiop_fast.config import LoadingConfig
 from kiop_fast.data import DatasetInfo, FileBank, FileSplit, Split, dali, open_feed, open_loader
 from kiop_fast.data.loader import uses_dali
 from kiop_fast.errors import DataError
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from picture_files import pictures
 
 pytest.importorskip("nvidia.dali")
 
