@@ -212,6 +212,19 @@ def info(prompt: Prompt) -> None:
     _print(info_table(load_prompt(prompt_file(prompt))))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def upstream(
+    context: typer.Context,
+    script: Annotated[str, Argument(help="KiOP_BF, KiOP_B or KiOP_triple, then its flags")],
+) -> None:
+    """The authors' scripts by their own flags: same files in, same log lines and .pth out."""
+    from kiop_fast.dropin.command import run_upstream
+    from kiop_fast.runtime.progress import make_progress
+
+    with make_progress() as progress:
+        run_upstream(script, context.args, progress)
+
+
 @app.command()
 def presets(
     name: Annotated[str | None, Argument(help="all settings of one preset")] = None,

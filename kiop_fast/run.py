@@ -57,6 +57,7 @@ class Run:
         inner_rings = inner.rings if inner else ()
         self.prompt: Prompt | None = None
         self.student: nn.Module | None = None
+        self.log: Tensor | None = None  # (steps, 2 · tasks) of the last storing period
         if config.mode == "vanilla":
             rng = draws.generator(config.seed, 0, "student", "classifier")
             classes = sources.providers[0].classes
@@ -224,13 +225,9 @@ class Run:
         }  # fmt: skip
         on_step = reporter(progress, self._stage(turn, "store"), 0, config.steps)
         log = self.engine.store(self._terms(turn), drawn, self.optimizer, config.steps, on_step)
-        names = [task.name for task in self.tasks]
-        check_finite(
-            log[:, : len(names)],
-            [f"{name}.kl" for name in names],
-            turn // self.config.rounds,
-            "storing",
-        )
+        self.log = log
+        names, epoch = [task.name for task in self.tasks], turn // self.config.rounds
+        check_finite(log[:, : len(names)], [f"{name}.kl" for name in names], epoch, "storing")
         mean = log.mean(dim=0).tolist()
         losses = {f"{name}.kl": mean[i] for i, name in enumerate(names)}
         agreement = {name: mean[len(names) + i] for i, name in enumerate(names)}

@@ -234,3 +234,8 @@ def untrained(
         theirs.append(source.model(source.normalise(part)).argmax(dim=1))
     table = count_table(torch.cat(ours), torch.cat(theirs), (target.classes, source.classes))
     return replace(bare, tasks=(replace(task, mapping=frequency_mapping(table)),))
+
+
+def forget_test_data() -> None:
+    """Read test splits anew when they are asked for next: the data folder has changed."""
+    _read.cache_clear()
