@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kiop_fast.config import LoadingConfig
 from kiop_fast.deliver.evaluate import read_test, task_accuracy
 from kiop_fast.source import Source
 
@@ -32,7 +33,9 @@ def measure(
         parts.append(seen(source.normalise(images)).float().cpu())
         return parts[-1].to(device)
 
-    task_accuracy(classify, source.info, side, batch, device)
+    # Decoded and resized by torch, which follows PIL, as the scripts' transforms do.
+    loading = LoadingConfig(loader="torch")
+    task_accuracy(classify, source.info, side, batch, device, loading)
     logits, labels = torch.cat(parts), read_test(source.info, side).labels.cpu()
     best = logits.topk(min(5, logits.shape[1])).indices
     hits = best == labels[:, None]
