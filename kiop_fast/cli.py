@@ -51,6 +51,7 @@ Prompt = Annotated[Path, Argument(help="prompt.safetensors, or its run folder")]
 Target = Annotated[str | None, Option(help=r"model A: \[SCHEME:]NAME\[@DATA]\[=PATH]")]
 Providers = Annotated[list[str] | None, Option("--provider", help="model B; repeatable")]
 Device = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:N")]
+Loader = Annotated[str | None, Option(help="real images: auto, dali, torch")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress bars")]
 Json = Annotated[bool, Option("--json", help="print JSON instead of a table")]
 
@@ -72,6 +73,7 @@ def train(
     device: Device = None,
     precision: Annotated[str | None, Option(help="fp32, tf32, bf16")] = None,
     graphs: Annotated[bool | None, Option(help="capture steps as CUDA graphs")] = None,
+    loader: Loader = None,
     out: Annotated[
         Path | None, Option(help="run folder (runs/PRESET-TARGET-PROVIDER-sSEED)")
     ] = None,
@@ -84,7 +86,8 @@ def train(
 
     flags = {"target": target, "providers": provider, "mode": mode, "engine": engine, "seed": seed,
              "epochs": epochs, "side": side, "threads": threads, "device": device,
-             "precision": precision, "graphs": graphs}  # fmt: skip
+             "loading": {"loader": loader} if loader else None, "precision": precision,
+             "graphs": graphs}  # fmt: skip
     chosen = do.train_config(preset, config, flags, overrides or [], resume=out if resume else None)
     numbers = do.parse_seeds(seeds) if seeds else [chosen.seed]
     finished = do.train_seeds(chosen, numbers, out, resume=resume, quiet=quiet or as_json)
@@ -124,6 +127,7 @@ def pretrain(
     seed: Annotated[int | None, Option()] = None,
     epochs: Annotated[int | None, Option()] = None,
     device: Device = None,
+    loader: Loader = None,
     out: Annotated[Path | None, Option(help="file to write (the cache)")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -132,7 +136,8 @@ def pretrain(
     from kiop_fast.pretrain import pretrain as run
     from kiop_fast.runtime.progress import make_progress
 
-    flags = {"arch": arch, "side": side, "seed": seed, "epochs": epochs, "device": device}
+    flags = {"arch": arch, "side": side, "seed": seed, "epochs": epochs, "device": device,
+             "loading": {"loader": loader} if loader else None}  # fmt: skip
     with make_progress(quiet=quiet) as progress:
         path = run(do.pretrain_config(data, flags, overrides or []), out, progress)
     typer.echo(path)
@@ -145,6 +150,7 @@ def evaluate(
     provider: Providers = None,
     batch: Annotated[int, Option(help="images a forward pass")] = 256,
     device: Device = None,
+    loader: Loader = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy of a prompt on its tasks' test data, between floor and ceiling."""
@@ -155,7 +161,7 @@ def evaluate(
         prompt, target=target, providers=provider or None, device=device
     )
     folder = prompt if prompt.is_dir() else prompt.parent
-    found = do.evaluate_run(artefact, sources, folder, batch)
+    found = do.evaluate_run(artefact, sources, folder, batch, loader)
     typer.echo(json.dumps(found)) if as_json else _print(accuracy_table(found))
 
 
@@ -207,6 +213,19 @@ def info(prompt: Prompt) -> None:
     from kiop_fast.prompt.artefact import load_prompt
 
     _print(info_table(load_prompt(prompt_file(prompt))))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def upstream(
+    context: typer.Context,
+    script: Annotated[str, Argument(help="KiOP_BF, KiOP_B or KiOP_triple, then its flags")],
+) -> None:
+    """The authors' scripts by their own flags: same files in, same log lines and .pth out."""
+    from kiop_fast.dropin.command import run_upstream
+    from kiop_fast.runtime.progress import make_progress
+
+    with make_progress() as progress:
+        run_upstream(script, context.args, progress)
 
 
 @app.command()

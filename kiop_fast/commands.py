@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kiop_fast.config import PretrainConfig, RunConfig
+from kiop_fast.config import LoadingConfig, PretrainConfig, RunConfig
 from kiop_fast.config_io import from_dict, load_toml, merge, override, parse_overrides
 from kiop_fast.errors import ConfigError, SourceError
 from kiop_fast.presets import preset
@@ -52,8 +52,8 @@ def pretrain_config(
     from kiop_fast.pretrain import RECIPES
 
     given = {key: value for key, value in flags.items() if value is not None}
-    values = {**RECIPES.get(data, {}), "data": data, **given, **parse_overrides(overrides)}
-    return from_dict(PretrainConfig, values)
+    values = {**RECIPES.get(data, {}), "data": data, **given}
+    return from_dict(PretrainConfig, merge(values, parse_overrides(overrides)))
 
 
 def default_out(config: RunConfig) -> Path:
@@ -108,7 +108,8 @@ def train_and_report(config: RunConfig, out: Path, *, resume: bool, progress: Pr
         artefact, sources = open_prompt(result.artefact, config=config, progress=progress)
         target = sources.target
         if config.evaluation.every:
-            evaluation = evaluate_run(artefact, sources, out, config.evaluation.batch)
+            batch, loader = config.evaluation.batch, config.loading.loader
+            evaluation = evaluate_run(artefact, sources, out, batch, loader)
     page = write_report(out, target=target, progress=progress)
     return Finished(config.seed, result, evaluation, page)
 
@@ -166,8 +167,14 @@ def serve(path: Path, *, target: str | None, device: str | None) -> ServedPrompt
     return artefact.on(sources.target)
 
 
-def evaluate_run(artefact: Artefact, sources: Sources, folder: Path, batch: int) -> dict[str, Any]:
-    """Evaluate, with the banks of the run ``folder``; keep the result there if it is a run."""
+def evaluate_run(
+    artefact: Artefact, sources: Sources, folder: Path, batch: int, loader: str | None = None
+) -> dict[str, Any]:
+    """Evaluate, with the banks of the run ``folder``; keep the result there if it is a run.
+
+    Args:
+        loader: of test images (auto); other settings of loading are those of the run.
+    """
     from kiop_fast.deliver.evaluate import evaluate
     from kiop_fast.deliver.run_data import read_banks
     from kiop_fast.runtime.files import atomic_write
@@ -176,7 +183,9 @@ def evaluate_run(artefact: Artefact, sources: Sources, folder: Path, batch: int)
     mapped = [task.name for task in artefact.tasks if task.mapping is not None]
     ours = mapped[len(mapped) - len(sources.providers) :]  # an extended prompt has older ones
     providers = dict(zip(ours, sources.providers, strict=False))
-    found = evaluate(artefact, sources.target, providers, batch=batch, banks=banks)
+    recorded = from_dict(LoadingConfig, artefact.config.get("loading", {}))
+    loading = replace(recorded, loader=loader or "auto")
+    found = evaluate(artefact, sources.target, providers, batch=batch, banks=banks, loading=loading)
     if (folder / "config.toml").exists():
         atomic_write(folder / "evaluation.json", json.dumps(found, indent=1) + "\n")
     return found

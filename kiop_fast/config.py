@@ -19,6 +19,7 @@ MODES = ("bf", "b", "t", "vanilla")
 ENGINES = ("fast", "reference")
 PRECISIONS = ("fp32", "tf32", "bf16")
 MAPPINGS = ("random", "frequency", "iterative")
+LOADERS = ("auto", "dali", "torch")
 BATCHNORM_POLICIES = ("calibrated", "batch", "running")
 
 
@@ -129,6 +130,7 @@ class StoringConfig:
     flip: float = 0.0  # probability of a horizontal flip
     augment_as_dataset: bool = True  # cifar data: pad 4 and flip 0.5 instead of the two above
     shuffle_colours: bool = False  # permute the channels of every colour image at random
+    replay: str = "kernel"  # kernel | dali: who makes the batches of synthetic images
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "batch_real"):
@@ -140,6 +142,7 @@ class StoringConfig:
         _require(0 <= self.flip <= 1, "storing.flip", self.flip, "a probability")
         _choice("storing.target_of_a", self.target_of_a, ("prompted", "plain"))
         _choice("storing.target_of_b", self.target_of_b, ("provider", "prompted"))
+        _choice("storing.replay", self.replay, ("kernel", "dali"))
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,24 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         _require(self.every >= 0, "evaluation.every is negative", self.every, "0 or more")
         _require(self.batch >= 1, "evaluation.batch is too small", self.batch, "at least 1")
+
+
+@dataclass(frozen=True)
+class LoadingConfig:
+    """How real images become batches: mode b, pretraining, evaluation (SPEC 10)."""
+
+    loader: str = "auto"  # dali | torch | auto: DALI where it is installed
+    undecodable: str = "error"  # error | skip: image files that do not decode
+    memory_gb: float = 4.0  # files are decoded once and kept up to so many 10⁹ bytes a split
+    threads: int = 0  # that decode; 0: one a core, at most 8
+    prefetch: int = 2  # batches DALI prepares ahead
+
+    def __post_init__(self) -> None:
+        _choice("loading.loader", self.loader, LOADERS)
+        _choice("loading.undecodable", self.undecodable, ("error", "skip"))
+        _require(self.memory_gb >= 0, "loading.memory_gb is negative", self.memory_gb, "0 or more")
+        _require(self.threads >= 0, "loading.threads is negative", self.threads, "0 or more")
+        _require(self.prefetch >= 1, "loading.prefetch is too small", self.prefetch, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -171,6 +192,7 @@ class PretrainConfig:
     adversarial: float = 0.0  # largest L2 length of a one-step attack on images in [0, 1]
     device: str = "auto"
     threads: int = 0
+    loading: LoadingConfig = field(default_factory=LoadingConfig)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "side"):
@@ -204,12 +226,15 @@ class RunConfig:
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     storing: StoringConfig = field(default_factory=StoringConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    loading: LoadingConfig = field(default_factory=LoadingConfig)
 
     def __post_init__(self) -> None:
         _choice("mode", self.mode, MODES)
         _choice("engine", self.engine, ENGINES)
         _choice("precision", self.precision, PRECISIONS)
         if self.engine == "reference":
+            _require(self.storing.replay == "kernel", "the reference engine reads PNGs back",
+                     "storing.replay=dali", "storing.replay=kernel")  # fmt: skip
             _require(self.precision == "fp32", "the reference engine computes in fp32",
                      self.precision, "precision fp32")  # fmt: skip
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")

@@ -132,7 +132,7 @@ def deliver(run: Run, metrics: Mapping[str, Any] | None = None) -> Artefact:
         # A's own task is not trained in this mode; the only images there are serve its statistics.
         own = replace(run.tasks[0], mapping=None, depth=1)
         info = run.sources.target.info
-        tasks.append(ArtefactTask(info.name, 1, None, run.statistics(own, prompt), info))
+        tasks.append(ArtefactTask(info.task, 1, None, run.statistics(own, prompt), info))
     for task in run.tasks:
         mapping = None if task.mapping is None else task.mapping.cpu()
         statistics = run.statistics(task, prompt)
@@ -159,12 +159,16 @@ def accuracies(run: Run) -> dict[str, float]:
         student = run.student.eval()
         pairs = [(own, with_original_classifier(student, own)), (theirs, student)]
         return {
-            source.info.name: source_accuracy(replace(source, model=model), config.side, batch)
+            source.info.task: source_accuracy(
+                replace(source, model=model), config.side, batch, config.loading
+            )
             for source, model in pairs
         }
     served = deliver(run).on(run.sources.target, check=False)
     return {
-        task.name: task_accuracy(served.task(task.name), task.info, config.side, batch, run.device)
+        task.name: task_accuracy(
+            served.task(task.name), task.info, config.side, batch, run.device, config.loading
+        )
         for task in served.tasks
     }
 

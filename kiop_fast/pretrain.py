@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kiop_fast.config import PretrainConfig, to_dict
-from kiop_fast.data import BUILT_IN, Dataset, DatasetInfo, Split, dataset
+from kiop_fast.data import BUILT_IN, Dataset, DatasetInfo, Feed, dataset, open_feed
 from kiop_fast.deliver.evaluate import source_accuracy
 from kiop_fast.errors import NonFiniteLossError
 from kiop_fast.runtime import draws
@@ -77,7 +78,7 @@ def pretrain(
     with threads(config.threads):
         model = build(config.arch, len(data.info.classes), config.side, seed=config.seed)
         source = train_source(config, data, model.to(device), progress)
-        accuracy = source_accuracy(source, config.side)
+        accuracy = source_accuracy(source, config.side, loading=config.loading)
     path = out or _cache_path(config)
     return save_source(
         path, source.model, arch=config.arch, info=data.info, side=config.side,
@@ -121,10 +122,20 @@ def cached_source_path(spec: SourceSpec, side: int) -> Path | None:
 def _cache_path(config: PretrainConfig) -> Path:
     """A name with a digest of all that decides the weights, so that no old file is reused."""
     facts = {k: v for k, v in to_dict(config).items() if k != "device"}
+    if config.loading.loader != "dali":  # torch's batches are what built-in tasks take by default
+        del facts["loading"]
     text = json.dumps({**facts, "revision": REVISION}, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     name = f"{config.arch}-{config.data}-{config.side}-seed{config.seed}-{digest}.safetensors"
     return cache_folder() / "sources" / name
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training split: a feed of its images in [0, 1], and the labels (N,) on the device."""
+
+    feed: Feed
+    labels: Tensor
 
 
 def train_source(
@@ -133,8 +144,11 @@ def train_source(
     """Train ``model`` in place on the training split, then freeze it."""
     source = freeze(model, data.info, name=f"{config.arch}@{config.data}", arch=config.arch)
     device = next(model.parameters()).device
-    read = data.train(config.side)
-    train = Split(read.images.to(device), read.labels.to(device))
+    feed, labels = open_feed(
+        data.train(config.side), data.info, batch=max(config.batch, _SETTLE_BATCH),
+        pad=data.info.pad, normalise=False, device=device, loading=config.loading,
+    )  # fmt: skip
+    train = Training(feed, labels.to(device))
     model.to(memory_format=torch.channels_last).train().requires_grad_(True)
     per_epoch = max(1, len(train.labels) // config.batch)
     optimizer = torch.optim.SGD(
@@ -182,7 +196,7 @@ def _logits(source: Source, images: Tensor) -> Tensor:
 
 
 def _batches(
-    config: PretrainConfig, info: DatasetInfo, train: Split, epoch: int, count: int
+    config: PretrainConfig, info: DatasetInfo, train: Training, epoch: int, count: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Full batches: augmented images (N, 3, s, s) in [0, 1], labels, lengths of the attack.
 
@@ -192,7 +206,7 @@ def _batches(
     def rng(purpose: str) -> np.random.Generator:
         return draws.generator(config.seed, epoch, config.data, f"pretrain {purpose}")
 
-    device, shape = train.images.device, (count, config.batch)
+    device, shape = train.labels.device, (count, config.batch)
     rows = draws.permutation_batches(rng("order"), count, config.batch, len(train.labels))
     offsets = draws.crop_offsets(rng("crop"), shape, info.pad)
     flips = draws.flips(rng("flip"), shape, info.flip)
@@ -200,31 +214,14 @@ def _batches(
     ramp = (epoch * count + np.arange(count)) / (_RAMP * config.epochs * count)
     lengths = np.minimum(ramp, 1)[:, None] * np.sqrt(rng("attack").random(shape))
     lengths = config.adversarial * lengths
-    for step, chosen in enumerate(rows.to(device)):
-        images = train.images[chosen].float() / 255
+    batches = train.feed.batches(rows, offsets if info.pad else None, flips if info.flip else None)
+    for step, (chosen, images) in enumerate(zip(rows.to(device), batches, strict=True)):
         images = images.expand(-1, 3, -1, -1)
-        if info.pad:
-            images = _crop(images, offsets[step].to(device), info.pad)
-        if info.flip:
-            flip = flips[step].to(device)[:, None, None, None]
-            images = torch.where(flip, images.flip(-1), images)
         if config.noise:
             grain = draws.normal(noise, *images.shape, std=config.noise).to(device)
             images = (images + grain).clamp(0, 1)
         length = torch.from_numpy(lengths[step]).to(device, images.dtype)
         yield images, train.labels[chosen], length
-
-
-def _crop(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
-    """Crops of the own size from images framed by ``pad`` zeros; offsets (N, 2) top and left."""
-    side = images.shape[-1]
-    framed = F.pad(images, (pad, pad, pad, pad))
-    span = torch.arange(side, device=images.device)
-    row = (offsets[:, 0, None] + span)[:, None, :, None]
-    column = (offsets[:, 1, None] + span)[:, None, None, :]
-    image = torch.arange(len(images), device=images.device)[:, None, None, None]
-    channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
-    return framed[image, channel, row, column]
 
 
 def _attacked(source: Source, images: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
@@ -239,7 +236,7 @@ def _attacked(source: Source, images: Tensor, labels: Tensor, lengths: Tensor) -
 
 
 @torch.no_grad()
-def _settle_batchnorm(source: Source, train: Split) -> None:
+def _settle_batchnorm(source: Source, train: Training) -> None:
     """Running statistics as the average over plain training images, which attacks had shifted."""
     layers = [m for m in source.model.modules() if isinstance(m, nn.BatchNorm2d)]
     usual = [layer.momentum for layer in layers]
@@ -252,8 +249,7 @@ def _settle_batchnorm(source: Source, train: Split) -> None:
         draws.generator(0, 0, source.info.name, "pretrain settle"), 1,
         min(_SETTLE, len(train.labels)), len(train.labels),
     )[0]  # fmt: skip
-    for part in rows.chunk(-(-len(rows) // _SETTLE_BATCH)):
-        images = train.images[part.to(train.images.device)].float() / 255
+    for images in train.feed.batches(rows.chunk(-(-len(rows) // _SETTLE_BATCH))):
         _logits(source, images.expand(-1, 3, -1, -1))
     for layer, momentum in zip(layers, usual, strict=True):
         layer.momentum = momentum

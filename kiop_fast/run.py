@@ -58,6 +58,7 @@ class Run:
         inner_rings = inner.rings if inner else ()
         self.prompt: Prompt | None = None
         self.student: nn.Module | None = None
+        self.log: Tensor | None = None  # (steps, 2 · tasks) of the last storing period
         if config.mode == "vanilla":
             rng = draws.generator(config.seed, 0, "student", "classifier")
             classes = sources.providers[0].classes
@@ -204,7 +205,7 @@ class Run:
         M is at most ``prompt.calibration_images``, evenly spaced over the bank.
         """
         most = self.config.prompt.calibration_images
-        images = task.bank.images[:: -(-len(task.bank) // most)]
+        images = task.bank.spread(most)
         images = images.to(self.device, torch.get_default_dtype()) / 255
         if task.source.info.channels == 1:
             images = images.mean(dim=1, keepdim=True)
@@ -240,14 +241,9 @@ class Run:
                 self._terms(turn), self.optimizer, config.steps,
                 **self.engine.execution(self.config, self.device),
             )  # fmt: skip
-        log = self._storing.run(drawn, on_step)
-        names = [task.name for task in self.tasks]
-        check_finite(
-            log[:, : len(names)],
-            [f"{name}.kl" for name in names],
-            turn // self.config.rounds,
-            "storing",
-        )
+        self.log = log = self._storing.run(drawn, on_step)
+        names, epoch = [task.name for task in self.tasks], turn // self.config.rounds
+        check_finite(log[:, : len(names)], [f"{name}.kl" for name in names], epoch, "storing")
         mean = log.mean(dim=0).tolist()
         losses = {f"{name}.kl": mean[i] for i, name in enumerate(names)}
         agreement = {name: mean[len(names) + i] for i, name in enumerate(names)}
@@ -267,7 +263,9 @@ class Run:
                     seen, task.source, config.temperature, config.target_of_b
                 )
             grey = task.source.info.channels == 1
-            terms.append(Term(task.name, task.weight, task.bank, task.source, grey, loss))
+            terms.append(
+                Term(task.name, task.weight, task.bank, task.source, grey, loss, task.feed)
+            )
         return terms
 
     @torch.no_grad()

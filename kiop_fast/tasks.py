@@ -10,13 +10,24 @@ import torch
 from torch import Tensor
 
 from kiop_fast.config import RunConfig
-from kiop_fast.data import dataset
+from kiop_fast.data import (
+    Feed,
+    FileBank,
+    FileSplit,
+    Split,
+    dali,
+    dataset,
+    held,
+    open_feed,
+    uses_dali,
+)
 from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.engine import Engine
 from kiop_fast.prompt import check_class_counts, disjoint_mappings, random_mapping
 from kiop_fast.runtime import draws
 from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.sources import Sources
+from kiop_fast.store import augmentation
 from kiop_fast.synthesize import ImageBank, generator_channels
 
 
@@ -33,6 +44,7 @@ class Task:
         bank: its images, in the engine's store.
         synthesizer: makes them; None where real data stands in (mode b).
         epochs: in which it makes them, from the first on.
+        feed: makes the bank's batches where the kernel ``bank_replay`` does not.
     """
 
     name: str
@@ -43,6 +55,7 @@ class Task:
     bank: Any
     synthesizer: Any
     epochs: int = 0
+    feed: Feed | None = None
 
 
 # The statistics that the authors' scripts normalise synthetic images with, where these differ
@@ -118,10 +131,8 @@ def _task(
     mapping: Tensor | None, weight: float, device: torch.device, scratch: Path,
 ) -> Task:  # fmt: skip
     if source is sources.target and config.mode == "b":
-        real = dataset(source.info.name).train(config.side)
-        bank = ImageBank(real.images.shape[1], config.side, device, len(real.images))
-        bank.add(real.images, real.labels)
-        return Task(name, source, depth, mapping, weight, bank, None)
+        bank, feed = _real_images(config, source, device)
+        return Task(name, source, depth, mapping, weight, bank, None, feed=feed)
     batchnorm_layers(source.model)
     period = config.synthesis
     own = source is sources.target
@@ -135,13 +146,52 @@ def _task(
     mapping = None if mapping is None else mapping.to(device)
     channels = generator_channels(period, source)
     bank = engine.image_bank(channels, config.side, device, scratch / name, capacity=images)
-    return Task(name, source, depth, mapping, weight, bank, synthesizer, epochs)
+    feed = _dali_replay(config, source, bank, channels, device)
+    return Task(name, source, depth, mapping, weight, bank, synthesizer, epochs, feed)
+
+
+def _real_images(
+    config: RunConfig, source: Source, device: torch.device
+) -> tuple[ImageBank | FileBank, Feed | None]:
+    """Real training data of A (mode b), and who makes its batches.
+
+    In memory and without DALI it is a bank like any other, read by the kernel.
+    """
+    loading, info = config.loading, source.info
+    split = dataset(info.name).train(config.side)
+    kept = held(split, loading, device)
+    settings: dict[str, Any] = {
+        "batch": config.storing.batch_real, "pad": augmentation(config.storing, info)[0],
+        "device": device, "loading": loading,
+    }  # fmt: skip
+    if isinstance(kept, FileSplit):
+        return FileBank(kept, loading), open_feed(kept, info, **settings)[0]
+    bank = ImageBank(kept.images.shape[1], config.side, device, len(kept.images))
+    bank.add(kept.images, kept.labels)
+    if not uses_dali(loading, info, split):
+        return bank, None
+    return bank, open_feed(Split(bank.images, kept.labels), info, **settings)[0]
+
+
+def _dali_replay(
+    config: RunConfig, source: Source, bank: ImageBank, channels: int, device: torch.device
+) -> Feed | None:
+    """DALI in the kernel's stead for a bank of synthetic images, if the setting says so."""
+    if config.storing.replay != "dali":
+        return None
+    dali.chosen("dali")
+    info, period = source.info, config.storing
+    return dali.DaliFeed(
+        lambda rows: bank.images.index_select(0, rows.to(device)), side=config.side,
+        channels=channels, batch=period.batch, pad=augmentation(period, info)[0],
+        normaliser=(info.mean, info.std), device=device, prefetch=config.loading.prefetch,
+    )  # fmt: skip
 
 
 def _unique_names(sources: list[Source]) -> list[str]:
     names: list[str] = []
     for source in sources:
-        base, count = source.info.name, 2
+        base, count = source.info.task, 2
         name = base
         while name in names:
             name, count = f"{base}-{count}", count + 1

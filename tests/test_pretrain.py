@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kiop_fast import pretrain as room
 from kiop_fast.config import PretrainConfig
-from kiop_fast.data import Dataset, DatasetInfo, Split, dataset
+from kiop_fast.data import Dataset, DatasetInfo, Split, dataset, open_feed
 from kiop_fast.errors import DataError, NonFiniteLossError, SourceError
 from kiop_fast.pretrain import cached_source_path, ensure_source, pretrain, train_source
 from kiop_fast.runtime import draws
@@ -129,19 +129,12 @@ def test_every_image_is_seen_once_an_epoch(task: Dataset) -> None:
     """96 images in three batches of 32, neither augmented nor noised."""
     info = dataclasses.replace(task.info, pad=0, flip=0.0)
     train = stripes(96, "train")
-    seen = torch.cat([x for x, _, _ in room._batches(TINY, info, train, 0, 3)])
+    feed, labels = open_feed(train, info, batch=32, normalise=False)
+    fed = room.Training(feed, labels)
+    seen = torch.cat([x for x, _, _ in room._batches(TINY, info, fed, 0, 3)])
     assert seen.shape == (96, 3, SIDE, SIDE)
     mine = sorted((seen[:, 0] * 255).round().to(torch.uint8).flatten(1).tolist())
     assert mine == sorted(train.images.flatten(1).tolist())
-
-
-def test_crops_are_windows_of_the_framed_image() -> None:
-    images = torch.rand(4, 3, 6, 6)
-    offsets = torch.tensor([[0, 0], [2, 2], [4, 1], [2, 4]])
-    crops = room._crop(images, offsets, 2)
-    framed = F.pad(images, (2, 2, 2, 2))
-    for i, (top, left) in enumerate(offsets.tolist()):
-        assert torch.equal(crops[i], framed[i, :, top : top + 6, left : left + 6])
 
 
 def test_attack_follows_the_gradient_at_its_length(task: Dataset) -> None:
@@ -160,9 +153,10 @@ def test_attack_follows_the_gradient_at_its_length(task: Dataset) -> None:
 
 def test_attack_lengths_grow_over_the_first_half(task: Dataset) -> None:
     config = dataclasses.replace(FULL, epochs=4)
-    train = stripes(96, "train")
+    info = task.info
+    train = room.Training(*open_feed(stripes(96, "train"), info, batch=32, normalise=False))
     longest = [
-        torch.cat([lengths for _, _, lengths in room._batches(config, task.info, train, e, 3)])
+        torch.cat([lengths for _, _, lengths in room._batches(config, info, train, e, 3)])
         for e in range(4)
     ]
     assert longest[0][:32].max() == 0

@@ -19,6 +19,12 @@ from kiop_fast.source.zoo import build
 SIDE, RINGS = 12, (15, 48)  # both differences odd
 
 
+@pytest.fixture(autouse=True)
+def _windows_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the window until it is nearly the whole map, far beyond where that is quick."""
+    monkeypatch.setattr("kiop_fast.prompt.windowed.WHOLE", 0.95)
+
+
 class Counted(nn.Module):
     """A model whose convolutions remember the largest map that they worked on, in pixels."""
 

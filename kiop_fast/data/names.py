@@ -1,6 +1,9 @@
-"""Class names of the downloaded datasets, in label order."""
+"""Names: the built-in tasks, and the classes of the downloaded datasets in label order."""
 
 from __future__ import annotations
+
+BUILT_IN = ("letters", "digits", "shapes")  # need no download
+DOWNLOADED = ("mnist", "fmnist", "cifar10", "cifar100", "svhn", "gtsrb")  # the paper's
 
 FASHION = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kiop_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from kiop_fast.data.files import FileSplit
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,7 @@ class DatasetInfo:
     """Facts about a dataset; no image is read to know them.
 
     Attributes:
-        name: the dataset's name, used as the task's name.
+        name: the dataset's name.
         side: native image side, pixels.
         channels: 1 for grey data (repeated to three on the way into a model), else 3.
         classes: class names, in label order.
@@ -32,6 +37,11 @@ class DatasetInfo:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     pad: int = 0
     flip: float = 0.0
+
+    @property
+    def task(self) -> str:
+        """The name of its task in tables and files: of ``folder:PATH`` the last part."""
+        return PurePath(self.name).name.removeprefix("folder:").strip(".") or "folder"
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -61,10 +71,11 @@ class Split:
 class Dataset:
     """The seam for any data: facts, and readers of the two splits at an image side.
 
+    A reader returns images in memory, or image files (:class:`kiop_fast.data.FileSplit`).
     Only ``pretrain`` and mode ``b`` (for A) read ``train``; only the evaluation room reads
     ``test``.
     """
 
     info: DatasetInfo
-    train: Callable[[int], Split]
-    test: Callable[[int], Split]
+    train: Callable[[int], Split | FileSplit]
+    test: Callable[[int], Split | FileSplit]

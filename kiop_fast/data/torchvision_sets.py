@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kiop_fast.data.files import FileSplit
 from kiop_fast.data.names import CIFAR10, CIFAR100, FASHION, SIGNS
 from kiop_fast.data.resize import resize
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
@@ -63,31 +65,68 @@ def _open(name: str, split: str, folder: Path, *, download: bool) -> Any:
         "svhn": partial(datasets.SVHN, split=split),
         "gtsrb": partial(datasets.GTSRB, split=split),
     }
+    if name in ("mnist", "fmnist") and not download:
+        _unpack(datasets.MNIST if name == "mnist" else datasets.FashionMNIST, folder)
     return makers[name](root, download=download)
 
 
-def read(name: str, split: str, side: int) -> Split:
-    """A split as uint8 tensors at ``side``; nothing is downloaded.
+def _unpack(kind: Any, folder: Path) -> None:
+    """Unpack .gz files that lie there without what is in them, after their checksums."""
+    from torchvision.datasets.utils import check_md5, extract_archive
+
+    for name, md5 in kind.resources:
+        packed = folder / kind.__name__ / "raw" / name
+        if not packed.exists() or packed.with_suffix("").exists():
+            continue
+        if not check_md5(str(packed), md5):
+            raise ValueError(f"{packed} has another checksum than {md5}")
+        extract_archive(str(packed))
+
+
+def read(name: str, split: str, side: int) -> Split | FileSplit:
+    """A split at ``side``: uint8 tensors, or (gtsrb) files; nothing is downloaded.
 
     Raises:
-        DataError: the files are not there or damaged.
+        DataError: the files are not there, damaged, or of a wrong checksum.
     """
     folder = data_folder()
     try:
         opened = _open(name, split, folder, download=False)
         if name == "gtsrb":
-            images, labels = _read_one_by_one(opened, side)
-        else:
-            images, labels = _read_whole(opened)
-    except (OSError, RuntimeError, EOFError, ValueError, ImportError) as error:
+            return _signs(opened._samples, split, side)
+        images, labels = _read_whole(opened)
+        _check_labels(labels, len(INFOS[name].classes))
+        return Split(resize(images, side), labels)
+    except _UNREADABLE as error:
         raise DataError(
             f"dataset {name!r} cannot be read", got=f"{type(error).__name__}: {error}",
-            expected=f"its files, as torchvision lays them out, under {folder.resolve()} "
+            expected=f"its files, whole and as torchvision lays them out, under {folder.resolve()} "
             "(another folder: set KIOP_FAST_DATA)",
             fix="with a network: python -c \"from kiop_fast.data import download; "
             f"download('{name}')\"",
         ) from None  # fmt: skip
-    return Split(resize(images, side), labels)
+
+
+# What readers of damaged files raise; KiopErrors are none of these.
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, ImportError, AssertionError, TypeError,
+               KeyError, IndexError, pickle.UnpicklingError)  # fmt: skip
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(f"labels are not 0 to {classes - 1}")
+
+
+def _signs(samples: list[tuple[str, int]], split: str, side: int) -> FileSplit:
+    """Single files of many sizes; a training file's folder is its class."""
+    paths = tuple(Path(path) for path, _ in samples)
+    numbers = [int(p.parent.name) for p in paths] if split == "train" else [n for _, n in samples]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]} and {len(missing) - 1} more are not there")
+    labels = torch.tensor(numbers, dtype=torch.int64)
+    _check_labels(labels, len(SIGNS))
+    return FileSplit(paths, labels, side, 3)
 
 
 def _read_whole(opened: Any) -> tuple[Tensor, Tensor]:
@@ -98,17 +137,9 @@ def _read_whole(opened: Any) -> tuple[Tensor, Tensor]:
     elif images.shape[-1] == 3:  # cifar: (N, s, s, 3); svhn comes as (N, 3, s, s)
         images = images.permute(0, 3, 1, 2)
     labels = opened.targets if hasattr(opened, "targets") else opened.labels
+    if len(labels) != len(images):
+        raise ValueError(f"{len(images)} images and {len(labels)} labels")
     return images.contiguous(), torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-
-
-def _read_one_by_one(opened: Any, side: int) -> tuple[Tensor, Tensor]:
-    """The same for a dataset of single files of many sizes."""
-    images, labels = [], []
-    for picture, label in opened:
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-        images.append(resize(pixels[None], side))
-        labels.append(label)
-    return torch.cat(images), torch.tensor(labels)
 
 
 DATASETS = tuple(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kiop_fast.config import BATCHNORM_POLICIES, PromptConfig
+from kiop_fast.config import BATCHNORM_POLICIES, LoadingConfig, PromptConfig
 from kiop_fast.config_io import from_dict
-from kiop_fast.data import dataset
+from kiop_fast.data import FileSplit, Loader, dataset, open_loader
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
 from kiop_fast.prompt.artefact import Artefact, ArtefactTask
@@ -23,11 +23,11 @@ Classifier = Callable[[Tensor], Tensor]
 
 
 @lru_cache(maxsize=16)
-def _read(known: Dataset, side: int) -> Split:
+def _read(known: Dataset, side: int) -> Split | FileSplit:
     return known.test(side)
 
 
-def read_test(info: DatasetInfo, side: int) -> Split:
+def read_test(info: DatasetInfo, side: int) -> Split | FileSplit:
     """The test split of ``info``'s data, uint8, cached by dataset and side.
 
     Raises:
@@ -36,9 +36,22 @@ def read_test(info: DatasetInfo, side: int) -> Split:
     return _read(dataset(info.name), side)
 
 
-def _batches(split: Split, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
-        yield images.to(device, torch.get_default_dtype()) / 255, labels.to(device)
+@lru_cache(maxsize=16)
+def _loader(
+    split: Split | FileSplit, info: DatasetInfo, batch: int, device: torch.device,
+    loading: LoadingConfig, dtype: torch.dtype,
+) -> Loader:  # fmt: skip
+    """A loader of a test split, opened once: [0, 1], in order, the last batch kept."""
+    return open_loader(split, info, batch=batch, training=False, normalise=False, device=device,
+                       loading=loading)  # fmt: skip
+
+
+def _test_batches(
+    info: DatasetInfo, side: int, batch: int, device: torch.device, loading: LoadingConfig | None
+) -> Loader:
+    loading = loading or LoadingConfig()
+    split = read_test(info, side)
+    return _loader(split, info, batch, device, loading, torch.get_default_dtype())
 
 
 @torch.no_grad()
@@ -48,6 +61,7 @@ def task_accuracy(
     side: int,
     batch: int = 256,
     device: torch.device | str = "cpu",
+    loading: LoadingConfig | None = None,
 ) -> float:
     """Share of test images whose arg-max is their label.
 
@@ -57,21 +71,26 @@ def task_accuracy(
         side: image side, pixels.
         batch: images a pass; under policy ``batch`` the result depends on it.
         device: where ``classify`` computes.
+        loading: who makes the batches.
     """
     device = torch.device(device)
-    split = read_test(info, side)
+    loader = _test_batches(info, side, batch, device, loading)
     right = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in _batches(split, batch, device):
+    for images, labels in loader.epoch():
         right += (classify(images).argmax(dim=1) == labels).sum()
-    return int(right) / len(split.labels)
+    return int(right) / loader.size
 
 
-def source_accuracy(source: Source, side: int, batch: int = 256) -> float:
+def source_accuracy(
+    source: Source, side: int, batch: int = 256, loading: LoadingConfig | None = None
+) -> float:
     """Accuracy of a source model on its own test data, at image side ``side``."""
-    device = next(source.model.parameters()).device
-    return task_accuracy(
-        lambda images: source.model(source.normalise(images)), source.info, side, batch, device
-    )
+
+    def classify(images: Tensor) -> Tensor:
+        logits: Tensor = source.model(source.normalise(images))
+        return logits
+
+    return task_accuracy(classify, source.info, side, batch, _device(source.model), loading)
 
 
 def evaluate(
@@ -81,6 +100,7 @@ def evaluate(
     *,
     batch: int = 256,
     banks: Mapping[str, Tensor] | None = None,
+    loading: LoadingConfig | None = None,
 ) -> dict[str, Any]:
     """Everything a table about a prompt shows, JSON-able.
 
@@ -90,6 +110,7 @@ def evaluate(
         providers: by task name; without its provider a task has no ceiling and no floor.
         batch: images a pass.
         banks: synthetic images (M, C, s, s) uint8 by task name, for the floors.
+        loading: who makes the batches of test images.
 
     Returns:
         ``batchnorm``: the artefact's policy.  ``tasks``: for each task ``accuracy``; ``ceiling``,
@@ -104,11 +125,15 @@ def evaluate(
     for task in artefact.tasks:
         source = target if task.mapping is None else providers.get(task.name)
         module = served.task(task.name)
-        logits, labels = _test_logits(module, batch)
+        logits, labels = _test_logits(module, batch, loading)
         tasks[task.name] = {
             "accuracy": _share(_mapped(logits, task.mapping), labels),
-            "ceiling": None if source is None else source_accuracy(source, artefact.side, batch),
-            "floor": _floor(artefact, target, task, source, (banks or {}).get(task.name), batch),
+            "ceiling": None
+            if source is None
+            else source_accuracy(source, artefact.side, batch, loading),
+            "floor": _floor(
+                artefact, target, task, source, (banks or {}).get(task.name), batch, loading
+            ),
             "oracle": _oracle_accuracy(logits, labels, task),
             "images": len(labels),
         }
@@ -116,15 +141,17 @@ def evaluate(
     for policy in BATCHNORM_POLICIES:
         able = policy != "calibrated" or all(task.statistics for task in artefact.tasks)
         if policy not in policies and able:
-            policies[policy] = _accuracies(artefact, target, policy, batch)
+            policies[policy] = _accuracies(artefact, target, policy, batch, loading)
     return {"batchnorm": artefact.batchnorm, "batch": batch, "tasks": tasks, "policies": policies}
 
 
-def _accuracies(artefact: Artefact, target: Source, policy: str, batch: int) -> dict[str, float]:
+def _accuracies(
+    artefact: Artefact, target: Source, policy: str, batch: int, loading: LoadingConfig | None
+) -> dict[str, float]:
     served = artefact.on(target, check=False, batchnorm=policy)
     return {
         task.name: task_accuracy(
-            served.task(task.name), task.info, artefact.side, batch, _device(target.model)
+            served.task(task.name), task.info, artefact.side, batch, _device(target.model), loading
         )
         for task in artefact.tasks
     }
@@ -135,13 +162,12 @@ def _device(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def _test_logits(module: PromptedTask, batch: int) -> tuple[Tensor, Tensor]:
+def _test_logits(
+    module: PromptedTask, batch: int, loading: LoadingConfig | None
+) -> tuple[Tensor, Tensor]:
     """A's unmapped logits and the labels of a task's whole test split, on A's device."""
-    split = read_test(module.info, module.side)
-    parts = [
-        (module.target_logits(images), labels)
-        for images, labels in _batches(split, batch, _device(module))
-    ]
+    loader = _test_batches(module.info, module.side, batch, _device(module), loading)
+    parts = [(module.target_logits(images), labels) for images, labels in loader.epoch()]
     logits, labels = zip(*parts, strict=True)
     return torch.cat(logits), torch.cat(labels)
 
@@ -165,14 +191,14 @@ def _oracle_accuracy(logits: Tensor, labels: Tensor, task: ArtefactTask) -> floa
 
 def _floor(
     artefact: Artefact, target: Source, task: ArtefactTask, source: Source | None,
-    bank: Tensor | None, batch: int,
+    bank: Tensor | None, batch: int, loading: LoadingConfig | None,
 ) -> float | None:  # fmt: skip
     needs_bank = artefact.batchnorm == "calibrated" or task.mapping is not None
     if source is None or (needs_bank and bank is None):
         return None
     bare = untrained(artefact, target, task, source, bank)
     module = bare.on(target, check=False).task(task.name)
-    return task_accuracy(module, task.info, artefact.side, batch, _device(target.model))
+    return task_accuracy(module, task.info, artefact.side, batch, _device(target.model), loading)
 
 
 @torch.no_grad()
@@ -208,3 +234,8 @@ def untrained(
         theirs.append(source.model(source.normalise(part)).argmax(dim=1))
     table = count_table(torch.cat(ours), torch.cat(theirs), (target.classes, source.classes))
     return replace(bare, tasks=(replace(task, mapping=frequency_mapping(table)),))
+
+
+def forget_test_data() -> None:
+    """Read test splits anew when they are asked for next: the data folder has changed."""
+    _read.cache_clear()

@@ -111,7 +111,7 @@ def _wanted(data: RunData, target: Source | None) -> Iterator[_Wanted]:
     for task in artefact.tasks if artefact is not None else ():
         if artefact is None or task.mapping is None:
             continue
-        own = artefact.target.info.name
+        own = artefact.target.info.task
         yield (
             f"mapping-{task.name}", f"Which class of {own} speaks for which of {task.name}",
             f"Left a synthetic example of {task.name}, right one of the class of "

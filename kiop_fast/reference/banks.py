@@ -72,6 +72,10 @@ class ImageBank:
             return torch.empty(shape, dtype=torch.uint8, device=self.device)
         return torch.stack([from_pil(Image.open(file)) for file in self.files]).to(self.device)
 
+    def spread(self, most: int) -> Tensor:
+        """At most so many of the images, evenly spaced."""
+        return self.images[:: -(-len(self) // most)]
+
 
 def to_pil(image: Tensor) -> Image.Image:
     """(C, s, s) uint8 on the host → a grey or RGB picture."""

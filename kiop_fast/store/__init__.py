@@ -2,6 +2,7 @@
 
 from kiop_fast.store.draws import (
     StoringDraws,
+    augmentation,
     draw_storing,
     in_drawn_colours,
     learning_rate,
@@ -22,6 +23,7 @@ __all__ = [
     "Storing",
     "StoringDraws",
     "Term",
+    "augmentation",
     "core_loss",
     "draw_storing",
     "in_drawn_colours",

@@ -32,13 +32,17 @@ class StoringDraws:
     colours: Tensor | None = None
 
 
+def augmentation(config: StoringConfig, info: DatasetInfo) -> tuple[int, float]:
+    """Padding of the random crop, pixels, and probability of a flip."""
+    return (info.pad, info.flip) if config.augment_as_dataset else (config.pad, config.flip)
+
+
 def draw_storing(
     config: StoringConfig, info: DatasetInfo, population: int, batch: int, *,
     seed: int, epoch: int, task: str,
 ) -> StoringDraws:  # fmt: skip
     """Draw the batches of one bank for one period, from ``(seed, epoch, task, purpose)``."""
-    as_dataset = config.augment_as_dataset
-    pad, flip = (info.pad, info.flip) if as_dataset else (config.pad, config.flip)
+    pad, flip = augmentation(config, info)
     shape = (config.steps, batch)
     augment = draws.generator(seed, epoch, task, "bank augmentation")
     return StoringDraws(

@@ -71,9 +71,13 @@ class Storing:
             )
         step = self._runs[held]
         for done in range(1, len(self.log) + 1):
+            for replay in self._replays:
+                replay.fetch()
             step()
             if on_step is not None:
                 on_step(done, self.totals[done - 1])
+        for replay in self._replays:
+            replay.end()
         return self.log.cpu()
 
     def _state(self) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Replay:
         self._pad = 0
         self._tables: dict[str, Tensor] = {}
         self._images = torch.empty(0)
+        self._fed: Iterator[Tensor] = iter(())
         self._logits: Tensor | None = None
         self._known = 0  # rows of the bank whose logits are there
 
@@ -50,9 +51,22 @@ class Replay:
     def begin(self, drawn: StoringDraws) -> None:
         """Put a period's tables where the step reads them."""
         self.rows, self._pad = drawn.index.shape[1], drawn.pad
-        tables = {
-            "index": drawn.index, "crop": drawn.crop, "flip": drawn.flip, "colours": drawn.colours,
-        }  # fmt: skip
+        if self.term.feed is not None:
+            self._hold(colours=drawn.colours)
+            self.end()
+            self._fed = self.term.feed.batches(drawn.index, drawn.crop, drawn.flip)
+            return
+        self._hold(index=drawn.index, crop=drawn.crop, flip=drawn.flip, colours=drawn.colours)
+        bank = self.term.bank
+        self._images = getattr(bank, "buffer", bank.images)
+        plain = drawn.crop is None and drawn.flip is None and drawn.colours is None
+        constant = getattr(self.term.loss, "constant", None)
+        if plain and constant is not None and len(bank.images) <= drawn.index.numel():
+            self._look(len(bank.images), constant)
+        else:
+            self._logits, self._known = None, 0
+
+    def _hold(self, **tables: Tensor | None) -> None:
         for name, table in tables.items():
             held = self._tables.get(name)
             if table is None:
@@ -61,21 +75,13 @@ class Replay:
                 held.copy_(table)
             else:
                 self._tables[name] = table.to(self.device, copy=True)
-        stored = len(self.term.bank.images)
-        self._images = getattr(self.term.bank, "buffer", self.term.bank.images)
-        plain = drawn.crop is None and drawn.flip is None and drawn.colours is None
-        constant = getattr(self.term.loss, "constant", None)
-        if plain and constant is not None and stored <= drawn.index.numel():
-            self._look(stored, constant)
-        else:
-            self._logits, self._known = None, 0
 
     @torch.no_grad()
     def _look(self, stored: int, constant: Callable[[Tensor], Tensor]) -> None:
         """The frozen model's logits of the rows that are new in the bank."""
         for start in range(self._known, stored, _CHUNK):
             rows = torch.arange(start, min(start + _CHUNK, stored), device=self._images.device)
-            logits = constant(self._normalised(rows))
+            logits = constant(self._averaged(self._replayed(rows)))
             if self._logits is None or len(self._logits) < len(self._images):
                 wider = logits.new_zeros(len(self._images), logits.shape[1])
                 wider[: self._known] = 0 if self._logits is None else self._logits[: self._known]
@@ -83,22 +89,40 @@ class Replay:
             self._logits[rows] = logits
             self._known = int(rows[-1]) + 1
 
+    def fetch(self) -> None:
+        """Before a step: take the next batch from the feed, if one makes them."""
+        if self.term.feed is None:
+            return
+        batch = next(self._fed)
+        if self._images.shape != batch.shape:
+            self._images = torch.empty_like(batch)
+        self._images.copy_(batch)
+
+    def end(self) -> None:
+        """After the last step: let go of the feed."""
+        self._fed = iter(())
+
     def batch(self, at: Tensor) -> tuple[Tensor, ...]:
         """Step ``at``: images (N, 3, s, s), normalised; then the frozen logits if known."""
         row = {name: table.index_select(0, at.view(1))[0] for name, table in self._tables.items()}
-        images = self._normalised(row["index"], row.get("crop"), row.get("flip"))
-        images = in_drawn_colours(images, row.get("colours"))
+        if self.term.feed is not None:
+            images = self._images
+        else:
+            images = self._replayed(row["index"], row.get("crop"), row.get("flip"))
+        images = in_drawn_colours(self._averaged(images), row.get("colours"))
         if self._logits is None:
             return (images,)
         return images, self._logits.index_select(0, row["index"])
 
-    def _normalised(
+    def _replayed(
         self, index: Tensor, crop: Tensor | None = None, flip: Tensor | None = None
     ) -> Tensor:
-        batch = bank_replay(
+        return bank_replay(
             self._images, index, crop=crop, flip=flip, pad=self._pad, mean=self.mean, std=self.std,
             dtype=self.mean.dtype, channels_last=True,
         )  # fmt: skip
+
+    def _averaged(self, batch: Tensor) -> Tensor:
         if self.term.average_grey:
-            batch = batch.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+            return batch.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
         return batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,16 @@ from kiop_fast.kernels import MappedKL, mapped_kl
 from kiop_fast.prompt import PromptedModel
 from kiop_fast.runtime.profile import stage
 from kiop_fast.source import Source
+
+
+class Feed(Protocol):
+    """Another maker of a bank's batches than the kernel: :class:`kiop_fast.data.Feed`."""
+
+    def batches(
+        self, index: Iterable[Tensor], crop: Iterable[Tensor] | None = None,
+        flip: Iterable[Tensor] | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Normalised (N, 3, s, s) for every table of rows."""
 
 
 class Bank(Protocol):
@@ -36,6 +46,7 @@ class Term:
         loss: normalised batch (N, 3, s, s) → loss and arg-max agreement.  Where it has an
             attribute ``constant``, normalised images → logits that depend on nothing but each
             image, it may be given these as well.
+        feed: makes the batches in the bank's stead (DALI); None: the kernel ``bank_replay``.
     """
 
     name: str
@@ -44,6 +55,7 @@ class Term:
     source: Source
     average_grey: bool
     loss: Callable[..., MappedKL]
+    feed: Feed | None = None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,10 @@ class ImageBank:
         self.buffer[filled : filled + len(images)] = images.to(self.buffer.device)
         self.targets = torch.cat([self.targets, targets.cpu()])
 
+    def spread(self, most: int) -> Tensor:
+        """At most so many of the images, evenly spaced."""
+        return self.images[:: -(-len(self) // most)]
+
 
 class FeatureBank:
     """A ring of the newest feature pairs, rows ``[local; global]`` (SPEC section 4, steps 5-6).
