@@ -12,7 +12,7 @@ import torch
 
 from kiop_fast.config import RunConfig, to_dict
 from kiop_fast.config_io import dump_toml
-from kiop_fast.deliver.evaluate import source_accuracy, task_accuracy
+from kiop_fast.deliver.evaluate import has_test_data, source_accuracy, task_accuracy
 from kiop_fast.errors import ArtefactError, ConfigError
 from kiop_fast.prompt.artefact import (
     Artefact,
@@ -163,6 +163,7 @@ def accuracies(run: Run) -> dict[str, float]:
                 replace(source, model=model), config.side, batch, config.loading
             )
             for source, model in pairs
+            if has_test_data(source.info)
         }
     served = deliver(run).on(run.sources.target, check=False)
     return {
@@ -170,6 +171,7 @@ def accuracies(run: Run) -> dict[str, float]:
             served.task(task.name), task.info, config.side, batch, run.device, config.loading
         )
         for task in served.tasks
+        if has_test_data(task.info)
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,12 +32,12 @@ from kiop_fast.source import (
     Source,
     SourceSpec,
     batch_statistics,
-    build,
     cache_folder,
     freeze,
     save_source,
 )
 from kiop_fast.source.checkpoint import no_weights
+from kiop_fast.source.schemes import build_untrained
 
 # Settings of the built-in tasks' models, each well under a minute on a free core.  The attack
 # makes a provider's gradients show the shapes of its classes, which synthesis lives on; a target
@@ -76,12 +77,13 @@ def pretrain(
     device = choose_device(config.device)
     data = dataset(config.data)
     with threads(config.threads):
-        model = build(config.arch, len(data.info.classes), config.side, seed=config.seed)
+        classes = len(data.info.classes)
+        model = build_untrained(config.arch, classes, config.side, seed=config.seed)
         source = train_source(config, data, model.to(device), progress)
         accuracy = source_accuracy(source, config.side, loading=config.loading)
-    path = out or _cache_path(config)
+    path, arch = out or _cache_path(config), config.arch.removeprefix("torchvision:")
     return save_source(
-        path, source.model, arch=config.arch, info=data.info, side=config.side,
+        path, source.model, arch=arch, info=data.info, side=config.side,
         accuracy=accuracy, extra={"config": to_dict(config), "revision": REVISION},
     )  # fmt: skip
 
@@ -126,7 +128,8 @@ def _cache_path(config: PretrainConfig) -> Path:
         del facts["loading"]
     text = json.dumps({**facts, "revision": REVISION}, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    name = f"{config.arch}-{config.data}-{config.side}-seed{config.seed}-{digest}.safetensors"
+    said = re.sub(r"[^\w.-]+", "-", f"{config.arch}-{config.data}")
+    name = f"{said}-{config.side}-seed{config.seed}-{digest}.safetensors"
     return cache_folder() / "sources" / name
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kiop_fast.config import BATCHNORM_POLICIES, LoadingConfig, PromptConfig
 from kiop_fast.config_io import from_dict
-from kiop_fast.data import FileSplit, Loader, dataset, open_loader
+from kiop_fast.data import FileSplit, Loader, dataset, known, open_loader
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
 from kiop_fast.prompt.artefact import Artefact, ArtefactTask
@@ -23,8 +23,13 @@ Classifier = Callable[[Tensor], Tensor]
 
 
 @lru_cache(maxsize=16)
-def _read(known: Dataset, side: int) -> Split | FileSplit:
-    return known.test(side)
+def _read(data: Dataset, side: int) -> Split | FileSplit:
+    return data.test(side)
+
+
+def has_test_data(info: DatasetInfo) -> bool:
+    """Whether a dataset goes by that name; a model from a hub may bring none along."""
+    return info.name in known() or info.name.startswith("folder:")
 
 
 def read_test(info: DatasetInfo, side: int) -> Split | FileSplit:
@@ -113,16 +118,16 @@ def evaluate(
         loading: who makes the batches of test images.
 
     Returns:
-        ``batchnorm``: the artefact's policy.  ``tasks``: for each task ``accuracy``; ``ceiling``,
-        the source's own accuracy; ``floor``, the untrained prompt with its mapping counted on
-        the bank; ``oracle``, the trained prompt with the best greedy mapping counted with *test*
-        labels, a bound that no data-free method may use; ``images``; unknown values are None.
-        ``policies``: accuracies by BatchNorm policy and task, those the artefact can be served
-        under.
+        ``batchnorm``: the artefact's policy.  ``tasks``: for each task that has data ``accuracy``;
+        ``ceiling``, the source's own accuracy; ``floor``, the untrained prompt with its mapping
+        counted on the bank; ``oracle``, the trained prompt with the best greedy mapping counted
+        with *test* labels, a bound that no data-free method may use; ``images``; unknown values
+        are None.  ``policies``: accuracies by BatchNorm policy and task, those the artefact can
+        be served under.
     """
     served = artefact.on(target)
     tasks: dict[str, dict[str, Any]] = {}
-    for task in artefact.tasks:
+    for task in (task for task in artefact.tasks if has_test_data(task.info)):
         source = target if task.mapping is None else providers.get(task.name)
         module = served.task(task.name)
         logits, labels = _test_logits(module, batch, loading)
@@ -154,6 +159,7 @@ def _accuracies(
             served.task(task.name), task.info, artefact.side, batch, _device(target.model), loading
         )
         for task in artefact.tasks
+        if has_test_data(task.info)
     }
 
 

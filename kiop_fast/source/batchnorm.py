@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -74,6 +74,8 @@ class BatchNormTaps:
         self._taken.clear()
 
     def _tapped(self, layer: nn.BatchNorm2d):  # type: ignore[no-untyped-def]
+        rest = _rest(layer)
+
         def forward(x: Tensor) -> Tensor:
             assert layer.running_mean is not None
             assert layer.running_var is not None
@@ -82,7 +84,7 @@ class BatchNormTaps:
                 rows=self.rows,
             )  # fmt: skip
             self._taken.append(match)
-            return match.output
+            return match.output if rest is None else rest(match.output, x)
 
         return forward
 
@@ -92,3 +94,14 @@ class BatchNormTaps:
         features = torch.cat([match.image_means for match in self._taken], dim=1)
         self._taken.clear()
         return loss, features
+
+
+def _rest(layer: nn.BatchNorm2d) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What a layer does besides normalising: (normalised, input) → output; None: nothing."""
+    if type(layer).forward is nn.BatchNorm2d.forward:
+        return None
+    drop, act = getattr(layer, "drop", None), getattr(layer, "act", None)
+    if type(layer).__name__ == "BatchNormAct2d" and callable(drop) and callable(act):  # timm's
+        return lambda normalised, x: act(drop(normalised))
+    whole = type(layer).forward  # a forward of its own, which normalises once more
+    return lambda normalised, x: whole(layer, x)

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kiop_fast.data import BUILT_IN, DatasetInfo, dataset
+from kiop_fast.data import BUILT_IN, DatasetInfo
 from kiop_fast.errors import KiopError, SourceError
 from kiop_fast.runtime.files import save_tensors
 from kiop_fast.source.frozen import Source, fingerprint, freeze
-from kiop_fast.source.schemes import SCHEMES
+from kiop_fast.source.known import combine, strip_prefixes
+from kiop_fast.source.schemes import SCHEMES, Scheme
 from kiop_fast.source.spec import SourceSpec
 from kiop_fast.source.weights import fit_weights, read_weights
+from kiop_fast.source.zoo import probe
 
 FORMAT = "kiop_fast source"
 VERSION = 1
@@ -48,9 +50,13 @@ def save_source(
 def load_source(spec: SourceSpec, *, sides: Sequence[int], device: torch.device) -> Source:
     """Build, load, check and freeze the model that ``spec`` names.
 
+    Classes and normaliser are those in the file's header; else the dataset's, with the normaliser
+    of timm's ``pretrained_cfg`` where the model is timm's; without a dataset, all of that is
+    taken from ``pretrained_cfg`` (or torchvision's weights) and the file's own classifier.
+
     Args:
-        spec: without a path its weights come from the cache (where ``ensure_source`` put them)
-            or from the python function that makes the model.
+        spec: without a path its weights come from the cache (where ``ensure_source`` put them),
+            from the python function that makes the model, or from a hub.
         sides: image sides it must accept, pixels; the run's own side first.
 
     Raises:
@@ -64,16 +70,38 @@ def load_source(spec: SourceSpec, *, sides: Sequence[int], device: torch.device)
     ours = facts.get("format") == FORMAT
     if ours:
         _check_header(facts, spec)
-    info = _info(facts, spec) if ours else _named_info(spec)
-    model = scheme.build(spec.name, len(info.classes), sides)
+        info = _info(facts, spec)
+    else:
+        info = _found_info(spec, scheme, strip_prefixes(weights))
+    model = _model(spec, scheme, info, sides)
     if spec.path:
+        if not weights.keys() & model.state_dict().keys():
+            weights = strip_prefixes(weights)
         fit_weights(model, weights, name=spec.name, classes=len(info.classes))
     if ours and fingerprint(model) != facts["sha256"]:
         raise SourceError(f"{spec.path} was changed after it was saved", got=fingerprint(model),
                           expected=facts["sha256"], fix="make or copy the file again")  # fmt: skip
     name = spec.label if spec.data else f"{spec.name}@{info.name}"
     accuracy = facts.get("accuracy") if ours else None
-    return freeze(model.to(device), info, name=name, arch=spec.name, accuracy=accuracy)
+    return freeze(model.to(device), info, name=name, arch=spec.arch, accuracy=accuracy)
+
+
+def _model(spec: SourceSpec, scheme: Scheme, info: DatasetInfo, sides: Sequence[int]) -> nn.Module:
+    """Untrained where a file is to fill it, else with weights of its own."""
+    if spec.path is not None or scheme.pretrained is None:
+        return scheme.build(spec.name, len(info.classes), sides)
+    model = scheme.pretrained(spec.name)
+    for side in sides:
+        probe(model, str(spec), len(info.classes), side)
+    return model
+
+
+def _found_info(spec: SourceSpec, scheme: Scheme, weights: Mapping[str, Tensor]) -> DatasetInfo:
+    """Classes and normaliser of weights that do not tell them."""
+    # torchvision's own weights have facts; a file of another program for its model has none.
+    silent = scheme.known is None or (spec.scheme == "torchvision" and spec.path is not None)
+    known = None if silent or scheme.known is None else scheme.known(spec.name)
+    return combine(spec.data, known, spec.arch, weights)
 
 
 def _cached(spec: SourceSpec, side: int) -> Path:
@@ -90,9 +118,9 @@ def _check_header(facts: Mapping[str, Any], spec: SourceSpec) -> None:
     if facts.get("version") != VERSION:
         raise SourceError(f"{spec.path} has another format version", got=facts.get("version"),
                           expected=VERSION, fix="use the kiop_fast that wrote it")  # fmt: skip
-    if facts.get("arch") != spec.name:
+    if facts.get("arch") != spec.arch:
         raise SourceError(
-            f"{spec.path} holds another architecture", got=facts.get("arch"), expected=spec.name,
+            f"{spec.path} holds another architecture", got=facts.get("arch"), expected=spec.arch,
             fix=f"write {facts.get('arch')}@{spec.data or 'DATA'}={spec.path}",
         )  # fmt: skip
 
@@ -111,20 +139,9 @@ def _info(facts: Mapping[str, Any], spec: SourceSpec) -> DatasetInfo:
     if spec.data and spec.data != info.name:
         raise SourceError(
             f"{spec.path} was trained on other data", got=info.name, expected=spec.data,
-            fix=f"write {spec.name}@{info.name}={spec.path}",
+            fix=f"write {spec.arch}@{info.name}={spec.path}",
         )  # fmt: skip
     return info
-
-
-def _named_info(spec: SourceSpec) -> DatasetInfo:
-    if not spec.data:
-        raise SourceError(
-            f"the data of source {str(spec)!r} is not known",
-            got="no dataset named, and no facts in the file",
-            expected="NAME@DATA[=PATH]: classes and normaliser come from the dataset",
-            fix=f"for example {spec.name}@cifar100",
-        )
-    return dataset(spec.data).info
 
 
 def no_weights(spec: SourceSpec) -> SourceError:

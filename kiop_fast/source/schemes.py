@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from kiop_fast.errors import SourceError
-from kiop_fast.source import zoo
+from kiop_fast.source import hubs, zoo
+from kiop_fast.source.known import Known
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,15 @@ class Scheme:
         check: raise SourceError if the name cannot be one of this family; quick.
         build: (name, classes, sides) → model that maps (N, 3, s, s) to (N, classes).
         needs_weights: what ``build`` returns is untrained, so a file must be given or cached.
+        known: facts that come with the model's own weights and architecture.
+        pretrained: the model with weights of its own, which may be downloaded for it.
     """
 
     check: Callable[[str], None]
     build: Callable[[str, int, Sequence[int]], nn.Module]
-    needs_weights: bool
+    needs_weights: bool = False
+    known: Callable[[str], Known] | None = None
+    pretrained: Callable[[str], nn.Module] | None = None
 
 
 def _check_python(name: str) -> None:
@@ -96,7 +101,56 @@ def _takes_an_argument(function: Callable[..., Any]) -> bool:
     return any(p.kind in positional for p in parameters)
 
 
+def _probed(build: Callable[[str, int], nn.Module], label: str) -> Callable[..., nn.Module]:
+    """``build`` with a look whether the model takes the sides."""
+
+    def made(name: str, classes: int, sides: Sequence[int]) -> nn.Module:
+        model = build(name, classes)
+        for side in sides:
+            zoo.probe(model, f"{label}:{name}", classes, side)
+        return model
+
+    return made
+
+
 SCHEMES: dict[str, Scheme] = {
     "zoo": Scheme(zoo.check_name, zoo.build, needs_weights=True),
-    "python": Scheme(_check_python, _build_python, needs_weights=False),
+    "python": Scheme(_check_python, _build_python),
+    "torchvision": Scheme(
+        hubs.check_torchvision,
+        zoo.build,
+        known=hubs.known_torchvision,
+        pretrained=hubs.pretrained_torchvision,
+    ),
+    "timm": Scheme(
+        hubs.check_timm,
+        _probed(hubs.build_timm, "timm"),
+        known=hubs.known_timm,
+        pretrained=hubs.pretrained_timm,
+    ),
+    "hf-hub": Scheme(
+        hubs.check_hub,
+        _probed(hubs.build_hub, "hf-hub"),
+        known=hubs.known_hub,
+        pretrained=hubs.pretrained_hub,
+    ),
 }
+
+
+def build_untrained(arch: str, classes: int, side: int, *, seed: int) -> nn.Module:
+    """An untrained model of the zoo, or ``timm:NAME`` or ``torchvision:NAME``.
+
+    Raises:
+        SourceError: unknown, or it does not take the side.
+    """
+    scheme, colon, name = arch.partition(":")
+    if not colon or scheme == "torchvision":
+        return zoo.build(name or arch, classes, side, seed=seed)
+    if scheme != "timm":
+        raise SourceError("only architectures by name can be trained here", got=arch,
+                          expected="NAME, torchvision:NAME or timm:NAME",
+                          fix="train it yourself and give its weights")  # fmt: skip
+    hubs.check_timm(name)
+    model = hubs.build_timm(name, classes, seed=seed)
+    zoo.probe(model, arch, classes, side)
+    return model

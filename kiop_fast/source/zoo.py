@@ -21,7 +21,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @lru_cache(maxsize=1)
-def _torchvision_names() -> tuple[str, ...]:
+def torchvision_names() -> tuple[str, ...]:
+    """torchvision's classifiers."""
     from torchvision import models
 
     return tuple(models.list_models(module=models))
@@ -29,12 +30,12 @@ def _torchvision_names() -> tuple[str, ...]:
 
 def names() -> list[str]:
     """Every architecture; which of them accept an image side, :func:`build` finds out."""
-    return sorted({*SMALL_NETS, *_torchvision_names()})
+    return sorted({*SMALL_NETS, *torchvision_names()})
 
 
 def check_name(arch: str) -> None:
     """Raise SourceError, with the close matches, unless ``arch`` is in the zoo."""
-    if arch not in SMALL_NETS and arch not in _torchvision_names():
+    if arch not in SMALL_NETS and arch not in torchvision_names():
         raise unknown_name("architecture", arch, names(), SourceError)
 
 
