@@ -78,6 +78,7 @@ def train(
         Path | None, Option(help="run folder (runs/PRESET-TARGET-PROVIDER-sSEED)")
     ] = None,
     resume: Annotated[bool, Option("--resume", help="continue the run in the folder")] = False,
+    profile: Annotated[bool, Option("--profile", help="where the time of a step goes")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -90,7 +91,8 @@ def train(
              "graphs": graphs}  # fmt: skip
     chosen = do.train_config(preset, config, flags, overrides or [], resume=out if resume else None)
     numbers = do.parse_seeds(seeds) if seeds else [chosen.seed]
-    finished = do.train_seeds(chosen, numbers, out, resume=resume, quiet=quiet or as_json)
+    finished = do.train_seeds(chosen, numbers, out, resume=resume, quiet=quiet or as_json,
+                              profile=profile)  # fmt: skip
     _show_runs(finished, as_json)
 
 
@@ -105,6 +107,8 @@ def _show_runs(finished: list[Any], as_json: bool) -> None:
             _print(console.accuracy_table(run.evaluation))
         elif run.result.accuracy:
             _print(console.plain_table(run.result.accuracy))
+        for period, rows in run.result.profile.items():
+            _print(console.profile_table(period, rows))
         for name, path in (("prompt", run.result.artefact), ("report", run.report)):
             if path is not None:
                 typer.echo(f"{name}  {path}")

@@ -93,16 +93,19 @@ class Finished:
             "report": str(self.report),
             "seconds": round(self.result.seconds, 3),
             "accuracy": self.result.accuracy,
+            "profile": self.result.profile,
             "evaluation": self.evaluation,
         }
 
 
-def train_and_report(config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> Finished:
+def train_and_report(
+    config: RunConfig, out: Path, *, resume: bool, progress: Progress, profile: bool = False
+) -> Finished:
     """Train; then evaluate (unless ``evaluation.every`` is 0) and draw the report."""
     from kiop_fast import pipeline
     from kiop_fast.deliver.report import write_report
 
-    result = pipeline.train(config, out, resume=resume, progress=progress)
+    result = pipeline.train(config, out, resume=resume, progress=progress, profile=profile)
     evaluation, target = None, None
     if result.artefact is not None:
         artefact, sources = open_prompt(result.artefact, config=config, progress=progress)
@@ -115,7 +118,13 @@ def train_and_report(config: RunConfig, out: Path, *, resume: bool, progress: Pr
 
 
 def train_seeds(
-    config: RunConfig, seeds: Sequence[int], out: Path | None, *, resume: bool, quiet: bool
+    config: RunConfig,
+    seeds: Sequence[int],
+    out: Path | None,
+    *,
+    resume: bool,
+    quiet: bool,
+    profile: bool = False,
 ) -> list[Finished]:
     """One run a seed: into ``out``, or below it where there are several."""
     finished = []
@@ -125,7 +134,9 @@ def train_seeds(
         if out is not None and len(seeds) > 1:
             folder = out / f"seed-{seed}"
         with make_progress(quiet=quiet) as progress:
-            finished.append(train_and_report(one, folder, resume=resume, progress=progress))
+            finished.append(
+                train_and_report(one, folder, resume=resume, progress=progress, profile=profile)
+            )
     return finished
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from kiop_fast.prompt.artefact import (
 from kiop_fast.run import Run
 from kiop_fast.runtime.device import choose_device, use_threads
 from kiop_fast.runtime.files import save_tensors
+from kiop_fast.runtime.memory import explained_memory
+from kiop_fast.runtime.profile import Profiles, Row
 from kiop_fast.runtime.progress import Progress
 from kiop_fast.runtime.run_folder import RunFolder
 from kiop_fast.runtime.versions import versions
@@ -43,6 +45,7 @@ class RunResult:
         accuracy: of every task after the last epoch, by name; empty if never evaluated.
         metrics: one record an epoch.
         seconds: wall time of this call.
+        profile: of every period that was profiled: stage, ms a step, GFLOP/s, GB/s.
     """
 
     out: Path
@@ -50,12 +53,13 @@ class RunResult:
     accuracy: dict[str, float]
     metrics: list[dict[str, Any]]
     seconds: float
+    profile: dict[str, list[Row]] = field(default_factory=dict)
 
 
 def train(
     config: RunConfig, out: Path, *, sources: Sources | None = None, resume: bool = False,
     progress: Progress | None = None, prepare: Callable[[Run], None] | None = None,
-    on_epoch: OnEpoch | None = None,
+    on_epoch: OnEpoch | None = None, profile: bool = False,
 ) -> RunResult:  # fmt: skip
     """Run ``config`` from its first (or, resuming, its next) epoch to its last.
 
@@ -68,6 +72,10 @@ def train(
         prepare: called once with the new run, before anything is restored or computed.
         on_epoch: called as ``on_epoch(run, metrics, timings)`` after an epoch, before it is
             committed to the folder; what it adds to ``metrics`` is kept.
+        profile: trace the first steps of every period into the folder ``profile``.
+
+    Raises:
+        OutOfMemoryError: a device's memory does not hold the run.
     """
     began = time.perf_counter()
     device = choose_device(config.device)
@@ -85,8 +93,11 @@ def train(
     folder.begin()
     if restored:
         run.load(restored, folder.bank)
+    if profile:
+        run.profiles = Profiles(folder.path / "profile")
     for epoch in range(folder.epochs_done, config.epochs):
-        metrics, timings = train_epoch(run, folder, epoch, progress)
+        with explained_memory():
+            metrics, timings = train_epoch(run, folder, epoch, progress)
         if on_epoch is not None:
             on_epoch(run, metrics, timings)
         folder.save_epoch(metrics, timings, run.state(), prints)
@@ -94,7 +105,9 @@ def train(
     artefact = save_result(run, folder)
     folder.clear_scratch()
     accuracy = folder.metrics[-1].get("accuracy", {})
-    return RunResult(out, artefact, accuracy, folder.metrics, time.perf_counter() - began)
+    profiled = run.profiles.rows() if run.profiles else {}
+    seconds = time.perf_counter() - began
+    return RunResult(out, artefact, accuracy, folder.metrics, seconds, profiled)
 
 
 def train_epoch(

@@ -17,6 +17,7 @@ from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, freq
 from kiop_fast.prompt.artefact import Artefact
 from kiop_fast.runtime import draws
 from kiop_fast.runtime.optimizers import set_rate, sgd
+from kiop_fast.runtime.profile import OnStep, Profiles
 from kiop_fast.runtime.progress import Progress
 from kiop_fast.runtime.state import (
     load_module,
@@ -78,6 +79,7 @@ class Run:
         self.optimizer = sgd(self.trained, period.lr, period.momentum, period.weight_decay)
         self._seen: dict[str, Any] = {}
         self._storing: Any = None
+        self.profiles: Profiles | None = None  # set it to have the first periods profiled
 
     def _trained_parameters(self, inner_rings: int) -> list[nn.Parameter]:
         if self.prompt is None:
@@ -148,8 +150,9 @@ class Run:
                                    call * period.steps, period.calls * period.steps)  # fmt: skip
                 with self._fixed():
                     result = task.synthesizer.synthesize(
-                        drawn, self._student(task, turn, call), task.mapping, on_step
-                    )
+                        drawn, self._student(task, turn, call), task.mapping,
+                        self._watched(f"synthesize {task.name}", on_step),
+                    )  # fmt: skip
                 check_finite(result.losses, TERMS, epoch, task.name)
                 task.bank.add(result.images, result.targets)
                 rows.append(result.losses[result.best_step])
@@ -161,6 +164,9 @@ class Run:
                 for part in ("images", "targets", "features")
             }
         return losses, made
+
+    def _watched(self, period: str, on_step: OnStep | None) -> OnStep | None:
+        return on_step if self.profiles is None else self.profiles.watch(period, on_step)
 
     def _student(self, task: Task, epoch: int, call: int) -> Callable[[Tensor], Tensor]:
         if self.student is not None:
@@ -241,7 +247,7 @@ class Run:
                 self._terms(turn), self.optimizer, config.steps,
                 **self.engine.execution(self.config, self.device),
             )  # fmt: skip
-        self.log = log = self._storing.run(drawn, on_step)
+        self.log = log = self._storing.run(drawn, self._watched("store", on_step))
         names, epoch = [task.name for task in self.tasks], turn // self.config.rounds
         check_finite(log[:, : len(names)], [f"{name}.kl" for name in names], epoch, "storing")
         mean = log.mean(dim=0).tolist()

@@ -26,6 +26,15 @@ def _table(*columns: str, title: str | None = None, caption: str | None = None) 
     return table
 
 
+def profile_table(period: str, rows: Sequence[tuple[str, float, float, float]]) -> Table:
+    """Where the time of a step goes; the last row is the whole step."""
+    table = _table("stage", "ms", "share", "GFLOP/s", "GB/s", title=period)
+    whole = max(rows[-1][1], 1e-9)
+    for name, spent, flops, moved in rows:
+        table.add_row(name, f"{spent:.2f}", percent(spent / whole), f"{flops:.0f}", f"{moved:.1f}")
+    return table
+
+
 def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
     """What :func:`kiop_fast.deliver.evaluate.evaluate` found, a row a task."""
     policies = evaluation["policies"]

@@ -56,6 +56,10 @@ class Counter(TorchDispatchMode):
         return result
 
 
+Row = tuple[str, float, float, float]
+OnStep = Callable[[int, Tensor], None]
+
+
 class StepProfiler:
     """Watches the first steps of a period: pass it as ``on_step``, then ask for the table.
 
@@ -69,9 +73,7 @@ class StepProfiler:
         then: the ``on_step`` that is called as well.
     """
 
-    def __init__(
-        self, folder: Path, name: str, then: Callable[[int, Tensor], None] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, name: str, then: OnStep | None = None) -> None:
         self.path, self.name, self.then = folder / f"{name}.json", name, then
         folder.mkdir(parents=True, exist_ok=True)
         self.counter = Counter()
@@ -81,10 +83,11 @@ class StepProfiler:
         self._began = 0.0
         self._entered = False
 
-    def start(self) -> None:
-        """Before the first step."""
+    def start(self) -> StepProfiler:
+        """Count from now on, which is before the first step; itself."""
         self.counter.__enter__()
         self._entered = True
+        return self
 
     def __call__(self, done: int, total: Tensor) -> None:
         if self._entered:
@@ -111,9 +114,9 @@ class StepProfiler:
         if self.then is not None:
             self.then(done, total)
 
-    def rows(self) -> list[tuple[str, float, float, float]]:
+    def rows(self) -> list[Row]:
         """Per stage: ms a step, achieved GFLOP/s and GB/s; last the whole step."""
-        table = []
+        table: list[Row] = []
         for name, spent in self.stages.items():
             per = max(spent, 1e-6) * 1e6
             table.append(
@@ -125,3 +128,26 @@ class StepProfiler:
             sum(self.counter.bytes.values()) / whole,
         ))  # fmt: skip
         return table
+
+
+class Profiles:
+    """Profiles the first call of every period.
+
+    Args:
+        folder: for the traces.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: dict[str, StepProfiler] = {}
+
+    def watch(self, name: str, then: OnStep | None) -> OnStep | None:
+        """What to pass as ``on_step`` to the period ``name``, right before it starts."""
+        if name in self.made:
+            return then
+        self.made[name] = StepProfiler(self.folder, name, then)
+        return self.made[name].start()
+
+    def rows(self) -> dict[str, list[Row]]:
+        """Every period's table; periods too short to be traced are left out."""
+        return {name: made.rows() for name, made in self.made.items() if made.stages}

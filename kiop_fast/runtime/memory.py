@@ -1,0 +1,59 @@
+"""Running out of memory, explained: what is largest and which settings shrink it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kiop_fast.errors import OutOfMemoryError
+
+_SETTINGS = (
+    "synthesis.head_width=512 (projection head and its Adam)",
+    "synthesis.bank_rows or synthesis.negatives (feature bank, contrastive logits)",
+    "synthesis.batch, storing.batch, evaluation.batch (activations)",
+    "smaller prompt.rings (activations grow with the square of the canvas)",
+)
+
+
+def largest_tensors(count: int = 5) -> list[str]:
+    """The largest tensors alive, ``(4800, 4800) float32, 92.2 MB``, each storage once."""
+    stores: dict[int, Tensor] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.layout == torch.strided and not thing.is_meta:
+            place = thing.untyped_storage().data_ptr()
+            if place not in stores or thing.nbytes > stores[place].nbytes:
+                stores[place] = thing
+    top = sorted(stores.values(), key=lambda tensor: -tensor.nbytes)[:count]
+    return [
+        f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}, {t.nbytes / 1e6:.1f} MB"
+        for t in top
+    ]
+
+
+def _is_shortage(error: RuntimeError) -> bool:
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said
+
+
+@contextmanager
+def explained_memory() -> Iterator[None]:
+    """Inside, an allocation that fails raises an error that names tensors and settings.
+
+    Raises:
+        OutOfMemoryError: with torch's own words in its first line.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_shortage(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory: {str(error).splitlines()[0]}",
+            got="largest tensors: " + "; ".join(largest_tensors()),
+            expected="a run that fits; finished epochs are kept, --resume goes on from them",
+            fix="shrink one of: " + "; ".join(_SETTINGS),
+        ) from error
