@@ -76,7 +76,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, Path, bool
     """Calls of the pipeline, which itself does nothing."""
     calls: list[tuple[RunConfig, Path, bool]] = []
 
-    def train(config: RunConfig, out: Path, *, resume: bool, progress: Any) -> Any:
+    def train(config: RunConfig, out: Path, *, resume: bool, progress: Any, profile: bool) -> Any:
         calls.append((config, out, resume))
         atomic_write(out / "config.toml", dump_toml(config))
         accuracy = {"letters": 0.5 + config.seed / 10, "digits": 0.25}
