@@ -233,6 +233,27 @@ def upstream(
 
 
 @app.command()
+def doctor(
+    overrides: Overrides = None,
+    preset: Annotated[str | None, Option(help="look at a run of this preset, too")] = None,
+    config: Annotated[Path | None, Option(help="look at a run of these settings, too")] = None,
+    target: Target = None,
+    provider: Providers = None,
+    device: Device = None,
+    out: Annotated[Path, Option(help="where runs are written")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """What works on this machine, and whether a run would; exit code 1 if something fails."""
+    from kiop_fast import commands as do
+    from kiop_fast.deliver.console import checks_table
+
+    flags = {"target": target, "providers": provider, "device": device}
+    found, bad = do.examine(preset, config, flags, overrides or [], out)
+    typer.echo(json.dumps(found)) if as_json else _print(checks_table(found))
+    raise typer.Exit(1 if bad else 0)
+
+
+@app.command()
 def presets(
     name: Annotated[str | None, Argument(help="all settings of one preset")] = None,
 ) -> None:

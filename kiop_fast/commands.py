@@ -6,13 +6,13 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kiop_fast.config import LoadingConfig, PretrainConfig, RunConfig
 from kiop_fast.config_io import from_dict, load_toml, merge, override, parse_overrides
-from kiop_fast.errors import ConfigError, SourceError
+from kiop_fast.errors import ConfigError, KiopError, SourceError
 from kiop_fast.presets import preset
 from kiop_fast.runtime.progress import Progress, make_progress
 
@@ -213,6 +213,33 @@ def report(folder: Path, *, target: str | None, device: str | None, progress: Pr
         except SourceError as error:
             print(f"without Grad-CAM: {error}", file=sys.stderr)
     return write_report(folder, target=model, progress=progress)
+
+
+def examine(
+    name: str | None, file: Path | None, flags: Mapping[str, Any], overrides: Sequence[str],
+    out: Path,
+) -> tuple[list[dict[str, str]], bool]:  # fmt: skip
+    """The doctor's findings, and whether one of them has to be mended.
+
+    Args:
+        name, file, flags, overrides: as :func:`train_config`; with none, the machine alone.
+        out: where runs are written.
+    """
+    from kiop_fast.doctor import Check, as_finding, failed, machine_checks, plan_checks
+    from kiop_fast.runtime.device import choose_device
+
+    given = [value for key, value in flags.items() if key != "device" and value]
+    checks: list[Check] = []
+    device = choose_device(flags.get("device") or "auto")
+    checks += machine_checks(device, out)
+    if name or file or given or overrides:
+        try:
+            config = train_config(name, file, flags, overrides)
+        except KiopError as error:
+            checks.append(Check("settings", "FAIL", *as_finding(error)))
+        else:
+            checks += plan_checks(config, choose_device(config.device))
+    return [asdict(check) for check in checks], failed(checks)
 
 
 def presets_text(name: str | None) -> str:

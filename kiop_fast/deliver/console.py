@@ -135,3 +135,16 @@ def _classes(artefact: Artefact, name: str, most: int = 12) -> str:
         pairs = zip(task.info.classes, task.mapping.tolist(), strict=True)
         words = [f"{theirs}←{names[ours]}" for theirs, ours in pairs]
     return ", ".join(words[:most]) + (", …" if len(words) > most else "")
+
+
+def checks_table(checks: Sequence[Mapping[str, str]]) -> Table:
+    """The doctor's findings, a row each, with what to do below a finding."""
+    table = Table(title_justify="left", show_lines=False)
+    for column in ("looked at", "", "found"):
+        table.add_column(column, justify="left", overflow="fold")
+    colours = {"pass": "green", "note": "yellow", "FAIL": "bold red"}
+    for check in checks:
+        fix = f"\n[bold]do:[/] {escape(check['fix'])}" if check["fix"] else ""
+        state = f"[{colours[check['state']]}]{check['state']}[/]"
+        table.add_row(check["name"], state, escape(check["found"]) + fix)
+    return table
