@@ -71,7 +71,7 @@ def train(
     side: Annotated[int | None, Option(help="image side, pixels")] = None,
     threads: Annotated[int | None, Option(help="CPU threads")] = None,
     device: Device = None,
-    precision: Annotated[str | None, Option(help="fp32, tf32, bf16")] = None,
+    precision: Annotated[str | None, Option(help="fp32, bf16x3, tf32, bf16")] = None,
     graphs: Annotated[bool | None, Option(help="capture steps as CUDA graphs")] = None,
     loader: Loader = None,
     out: Annotated[

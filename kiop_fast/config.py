@@ -17,7 +17,7 @@ from kiop_fast.errors import ConfigError, unknown_name
 
 MODES = ("bf", "b", "t", "vanilla")
 ENGINES = ("fast", "reference")
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "bf16x3", "tf32", "bf16")
 MAPPINGS = ("random", "frequency", "iterative")
 LOADERS = ("auto", "dali", "torch")
 BATCHNORM_POLICIES = ("calibrated", "batch", "running")
@@ -219,7 +219,7 @@ class RunConfig:
     engine: str = "fast"  # fast | reference
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int = 0  # CPU threads; 0: torch's choice
-    precision: str = "fp32"  # fp32 | tf32 | bf16: products in both periods (engine fast)
+    precision: str = "fp32"  # fp32 | bf16x3 | tf32 | bf16: how the fast engine multiplies
     graphs: bool = True  # on CUDA, capture each step as a graph (engine fast)
     compile: bool = False  # torch.compile for generator and projection head (engine fast)
     prompt: PromptConfig = field(default_factory=PromptConfig)

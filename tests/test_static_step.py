@@ -24,6 +24,7 @@ from kiop_fast.runtime import optimizers
 from kiop_fast.runtime.execution import PLAIN, Execution
 from kiop_fast.runtime.profile import Counter as Operations
 from kiop_fast.runtime.profile import StepProfiler, stage
+from kiop_fast.runtime.split_linear import split_linear
 from kiop_fast.runtime.static_step import StaticStep
 from kiop_fast.store import Storing, Term, core_loss, draw_storing, provider_loss
 from kiop_fast.synthesize import ImageBank, Synthesizer, draw_synthesis
@@ -189,6 +190,33 @@ def test_half_precision_stays_near_single() -> None:
     assert half.dtype == torch.float32
     assert not torch.equal(single, half)
     torch.testing.assert_close(half[[0, 1, 3, 4]], single[[0, 1, 3, 4]], rtol=0.05, atol=0.02)
+
+
+def test_three_bf16_products_are_nearly_fp32() -> None:
+    """Each factor keeps 16 bits, so a sum errs by at most 3 · 2⁻¹⁷ of its terms' magnitudes."""
+    x, w, b = wave(40, 70, pace=0.7), wave(30, 70, pace=1.3), wave(30)
+    inputs = [t.clone().requires_grad_() for t in (x, w, b)]
+    cotangent = wave(40, 30, pace=0.3)
+    ours = split_linear(*inputs)
+    gradients = torch.autograd.grad(ours, inputs, cotangent)
+    x, w, b, g = (t.double() for t in (x, w, b, cotangent))
+    for found, exact, size in (
+        (ours, x @ w.T + b, x.abs() @ w.abs().T),
+        (gradients[0], g @ w, g.abs() @ w.abs()),
+        (gradients[1], g.T @ x, g.abs().T @ x.abs()),
+    ):
+        assert found.dtype == torch.float32
+        assert ((found - exact).abs() <= size * 3 * 2**-17 + 1e-6).all()
+    torch.testing.assert_close(gradients[2], g.sum(0).float())
+    rough = x.bfloat16() @ w.T.bfloat16() + b.bfloat16()
+    assert (rough - x @ w.T - b).abs().max() > 30 * (ours - x @ w.T - b).abs().max()
+
+
+def test_the_head_takes_three_products_when_asked() -> None:
+    single = parts(CPU)[3](0).losses
+    split = parts(CPU, execution=Execution("bf16x3"))[3](0).losses
+    assert not torch.equal(single, split)
+    torch.testing.assert_close(split[0], single[0], rtol=1e-5, atol=1e-6)
 
 
 def test_precision_that_the_device_lacks() -> None:

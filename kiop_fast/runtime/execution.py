@@ -17,9 +17,9 @@ class Execution:
     """What does not belong to the algorithm but to how a device runs it.
 
     Attributes:
-        precision: ``fp32`` | ``tf32`` (products of 10-bit mantissas, NVIDIA from sm_80) |
-            ``bf16`` (convolutions and matrix products under autocast; weights, sums, losses and
-            optimisers stay fp32).
+        precision: how convolutions and matrix products multiply; weights, sums, losses and
+            optimisers are fp32 throughout.  ``fp32`` | ``bf16x3`` (the projection head in three
+            bfloat16 products) | ``tf32`` (10-bit mantissas, NVIDIA from sm_80) | ``bf16``.
         graphs: on CUDA, capture each step once and replay it.
         compile: put generator and projection head through torch.compile.
     """
@@ -65,10 +65,12 @@ PLAIN = Execution()
 
 
 def precisions(device: torch.device) -> list[str]:
-    """What a device can compute with; on the CPU bf16 works everywhere, fast only with
-    avx512_bf16 or amx_bf16."""
+    """What a device can compute with.
+
+    On the CPU ``bf16`` works everywhere and is quick only with avx512_bf16 or amx_bf16;
+    ``bf16x3`` would be exact and never quick there.
+    """
     if device.type != "cuda":
         return ["fp32", "bf16"]
-    return (
-        ["fp32", "tf32", "bf16"] if torch.cuda.get_device_capability(device) >= (8, 0) else ["fp32"]
-    )
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return ["fp32", "bf16x3", "tf32", "bf16"] if ampere else ["fp32"]

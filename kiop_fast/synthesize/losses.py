@@ -33,15 +33,21 @@ class ProjectionHead(nn.Module):
         features: width of the input.
         hidden: width of the hidden layer; 0 for as wide as the input.
         dim: width of the embedding.
+        linear: how the two layers multiply.
     """
 
-    def __init__(self, features: int, hidden: int, dim: int) -> None:
+    def __init__(
+        self, features: int, hidden: int, dim: int,
+        linear: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.linear = linear
         self.first = nn.Linear(features, hidden or features)
         self.second = nn.Linear(hidden or features, dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(self.second(F.relu(self.first(features))), dim=1)
+        hidden = F.relu(self.linear(features, self.first.weight, self.first.bias))
+        return F.normalize(self.linear(hidden, self.second.weight, self.second.bias), dim=1)
 
 
 def head_weights(rng: np.random.Generator, head: ProjectionHead) -> dict[str, Tensor]:

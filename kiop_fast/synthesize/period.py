@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kiop_fast.config import SynthesisConfig
@@ -14,6 +15,7 @@ from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.runtime import draws
 from kiop_fast.runtime.execution import PLAIN, Execution
 from kiop_fast.runtime.optimizers import adam
+from kiop_fast.runtime.split_linear import split_linear
 from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.synthesize.banks import FeatureBank, quantise
 from kiop_fast.synthesize.generator import Generator, generator_weights, load_weights
@@ -115,7 +117,10 @@ class Synthesizer:
         self.config = config
         self.generator = Generator(config.latent, config.width, side, channels).to(device)
         self.generator.to(memory_format=torch.channels_last)
-        self.head = ProjectionHead(features, config.head_width, config.head_dim)
+        self.head = ProjectionHead(
+            features, config.head_width, config.head_dim,
+            split_linear if execution.precision == "bf16x3" else F.linear,
+        )  # fmt: skip
         load_weights(self.head, head_weights(draws.generator(seed, 0, task, "head"), self.head))
         self.head.to(device)
         self.head_optimizer = adam(self.head.parameters(), config.lr)
