@@ -33,10 +33,11 @@ def sgd(
     """SGD; on CUDA fused, its rate a tensor that a captured step reads."""
     parameters = list(parameters)
     cuda = parameters[0].is_cuda
-    rate = torch.tensor(lr, device=parameters[0].device) if cuda else lr
     optimizer = torch.optim.SGD(
-        parameters, rate, momentum, weight_decay=weight_decay, fused=cuda or None
+        parameters, lr, momentum, weight_decay=weight_decay, fused=cuda or None
     )
+    if cuda:
+        optimizer.param_groups[0]["lr"] = torch.tensor(lr, device=parameters[0].device)
     for parameter in parameters:
         optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
     return optimizer

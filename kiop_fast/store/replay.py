@@ -80,14 +80,15 @@ class Replay:
     def _look(self, stored: int, constant: Callable[[Tensor], Tensor]) -> None:
         """The frozen model's logits of the rows that are new in the bank."""
         for start in range(self._known, stored, _CHUNK):
-            rows = torch.arange(start, min(start + _CHUNK, stored), device=self._images.device)
+            stop = min(start + _CHUNK, stored)
+            rows = torch.arange(start, stop, device=self._images.device)
             logits = constant(self._averaged(self._replayed(rows)))
             if self._logits is None or len(self._logits) < len(self._images):
                 wider = logits.new_zeros(len(self._images), logits.shape[1])
                 wider[: self._known] = 0 if self._logits is None else self._logits[: self._known]
                 self._logits = wider
             self._logits[rows] = logits
-            self._known = int(rows[-1]) + 1
+            self._known = stop
 
     def fetch(self) -> None:
         """Before a step: take the next batch from the feed, if one makes them."""
