@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Plain ``pytest`` runs no benchmark."""
-    return None if config.getoption("benchmark_only") else True
+    return None if config.getoption("benchmark_only", default=False) else True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -89,11 +89,11 @@ def _small() -> Scale:
 
 
 def _paper(*, gpu: bool) -> Scale:
-    steps, storing = (40, 80) if gpu else (2, 4)
+    steps, storing = (20, 40) if gpu else (2, 4)
     problem = _problem("resnet18", (100, 10), 32, (36, 128), width=64, steps=steps,
                        storing=storing, bank=4096)  # fmt: skip
     return Scale(
-        "paper", problem, cached=(0, 256, 4096), rounds=5 if gpu else 3, seconds=0.3,
+        "paper", problem, cached=(0, 256, 4096), rounds=3, seconds=0.3,
         data_bank=4096, info_nce_rows=4160,
         points={"batch": (16, 64, 128, 256, 512), "canvas": (64, 96, 128, 160, 224),
                 "negatives": (0, 256, 1024, 4096, 16384), "providers": (1, 2, 3, 4)},

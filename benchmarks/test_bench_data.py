@@ -54,9 +54,8 @@ def loader_path(
     kind: str, images: Tensor, drawn: StoringDraws, device: torch.device
 ) -> Callable[[], Iterator[Tensor]]:
     """kiop_fast's loader of real images, by DALI or torch, over the same bytes in memory."""
-    from kiop_fast.data.loader import open_feed
-
     from kiop_fast.config import LoadingConfig
+    from kiop_fast.data.loader import open_feed
 
     info = DatasetInfo("bank", SIDE, 3, ("one",), mean=MEAN, std=STD)
     split = Split(images, torch.zeros(len(images), dtype=torch.int64))

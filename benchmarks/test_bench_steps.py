@@ -17,6 +17,12 @@ from world import World
 CACHED = (0, 256, 4096)
 
 
+def skip_at_small(engine: str, sizes: Scale, *, worth_compiling: bool) -> None:
+    """A compilation takes half a minute on two cores: at scale small one of a kind is enough."""
+    if sizes.name == "small" and engine == "compile" and not worth_compiling:
+        pytest.skip("compiled at scale paper")
+
+
 def extra_warmth(engine: str, device: torch.device) -> int:
     """Calls after the checked one until a time is steady: compiled code and graphs need one."""
     return int(engine == "compile" or device.type == "cuda")
@@ -31,6 +37,7 @@ def test_synthesis_step(
     if cached not in sizes.cached:
         pytest.skip(f"not at scale {sizes.name}")
     engine, precision = contestant
+    skip_at_small(engine, sizes, worth_compiling=(task, cached) == ("B", 256))
     problem = sizes.problem.with_(cached=cached, bank=1)
     device = measure.session.device
 
@@ -102,6 +109,7 @@ def test_epoch(
 ) -> None:  # fmt: skip
     """Both syntheses, banks, storing and evaluation; successive epochs, as in a run."""
     engine, precision = contestant
+    skip_at_small(engine, sizes, worth_compiling=False)
     device = measure.session.device
     problem = sizes.problem.with_(bank=min(512, sizes.problem.bank))
 

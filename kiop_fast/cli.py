@@ -297,6 +297,25 @@ def presets(
     typer.echo(presets_text(name), nl=False)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    record: Annotated[
+        bool, Option("--record", help="append to benchmarks/results/ of the checkout")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Time every engine, each result checked first; other options go to pytest.
+
+    For example --scale small|paper, --engines reference,fast, --upstream PATH, -k prompt_step.
+    """
+    from kiop_fast.bench import bench_table, compared, run_benchmarks
+
+    rows = compared(run_benchmarks(context.args, record=record, quiet=quiet or as_json))
+    typer.echo(json.dumps([r.facts() for r in rows])) if as_json else _print(bench_table(rows))
+
+
 def main() -> None:
     """Entry point of ``kiop-fast``."""
     app()
