@@ -47,7 +47,9 @@ Losses = Callable[[Tensor], Any]
 class DeviceImages:
     """All images of a task on the device."""
 
-    def __init__(self, channels: int, side: int, device: torch.device, folder: Any = None) -> None:
+    def __init__(
+        self, channels: int, side: int, device: torch.device, folder: Any = None, capacity: int = 0
+    ) -> None:
         self.images = torch.empty(0, channels, side, side, dtype=torch.uint8, device=device)
 
     def __len__(self) -> int:
@@ -96,27 +98,32 @@ def replayed(term: Term, drawn: StoringDraws, step: int, replay: Callable[..., T
     )  # fmt: skip
 
 
-def stored_with(replay: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A storing period that reads device banks through ``replay``."""
+def storing_with(replay: Callable[..., Tensor]) -> Callable[..., Any]:
+    """The storing periods of a run, which read device banks through ``replay``."""
 
-    def store(
-        terms: Sequence[Term], drawn: Mapping[str, StoringDraws],
-        optimizer: torch.optim.Optimizer, steps: int, on_step: Any = None,
-    ) -> Tensor:  # fmt: skip
-        log = []
-        for step in range(steps):
+    class Storing:
+        def __init__(
+            self, terms: Sequence[Term], optimizer: torch.optim.Optimizer, steps: int
+        ) -> None:
+            self.terms, self.optimizer, self.steps = terms, optimizer, steps
+
+        def run(self, drawn: Mapping[str, StoringDraws], on_step: Any = None) -> Tensor:
+            return torch.stack([self._step(drawn, step) for step in range(self.steps)]).cpu()
+
+        def _step(self, drawn: Mapping[str, StoringDraws], step: int) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
-            results = [term.loss(replayed(term, drawn[term.name], step, replay)) for term in terms]
-            weighted = [term.weight * r.loss for term, r in zip(terms, results, strict=True)]
-            optimizer.zero_grad()
+            results = [
+                term.loss(replayed(term, drawn[term.name], step, replay)) for term in self.terms
+            ]
+            weighted = [term.weight * r.loss for term, r in zip(self.terms, results, strict=True)]
+            self.optimizer.zero_grad()
             torch.stack(weighted).sum().backward()
-            optimizer.step()
-            rows = [drawn[term.name].index.shape[1] for term in terms]
+            self.optimizer.step()
+            rows = [drawn[term.name].index.shape[1] for term in self.terms]
             shares = [r.agreement / n for r, n in zip(results, rows, strict=True)]
-            log.append(torch.stack([*(r.loss.detach() for r in results), *shares]))
-        return torch.stack(log).cpu()
+            return torch.stack([*(r.loss.detach() for r in results), *shares])
 
-    return store
+    return Storing
 
 
 class TunedSynthesizer(ReferenceSynthesizer):
@@ -291,20 +298,32 @@ class CompiledSynthesizer:
         )
 
 
+def one_period(storing: Callable[..., Any]) -> Callable[..., Tensor]:
+    """``store`` of an engine from its ``storing``."""
+
+    def store(terms: Any, drawn: Any, optimizer: Any, steps: int, on_step: Any = None) -> Tensor:
+        log: Tensor = storing(terms, optimizer, steps).run(drawn, on_step)
+        return log
+
+    return store
+
+
 def tuned() -> Engine:
     """The reference with banks on the device; its TF32 is switched on around a run."""
+    storing = storing_with(bank_replay_eager)
     return Engine(
         "tuned", DeviceImages, TunedSynthesizer, reference.ReferencePromptedModel,
-        reference.core_loss, reference.provider_loss, reference.vanilla_loss,
-        stored_with(bank_replay_eager),
+        reference.core_loss, reference.provider_loss, reference.vanilla_loss, one_period(storing),
+        storing,
     )  # fmt: skip
 
 
 def compile_() -> Engine:
     """The restructured code under torch.compile(reduce-overhead)."""
+    storing = storing_with(compiled_replay())
     return Engine(
         "compile", DeviceImages, CompiledSynthesizer, StaticPromptedModel, compiled_core_loss,
-        compiled_provider_loss, reference.vanilla_loss, stored_with(compiled_replay()),
+        compiled_provider_loss, reference.vanilla_loss, one_period(storing), storing,
     )  # fmt: skip
 
 

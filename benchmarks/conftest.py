@@ -47,8 +47,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contestant" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("engines").split(",")
-        rows = [row for row in engines.contestants(gpu=GPU) if row[0] in wanted]
-        ids = [name if not GPU else f"{name}-{precision}" for name, precision in rows]
+        device = torch.device("cuda" if GPU else "cpu")
+        rows = [row for row in engines.contestants(device) if row[0] in wanted]
+        ids = [f"{name}-{precision}" for name, precision in rows]
         metafunc.parametrize("contestant", rows, ids=ids)
 
 

@@ -9,21 +9,25 @@ import baselines
 import torch
 
 from kiop_fast.engine import Engine, engine
+from kiop_fast.runtime.execution import precisions
 
 ENGINES = ("reference", "tuned", "compile", "fast")
-# fp32: nothing less.  tf32: products and convolutions of fp32 on tensor cores.  default: as torch
-# starts and the authors' code leaves it, convolutions in tf32, products in fp32.
-PRECISIONS = ("fp32", "tf32", "default")
+# fp32: nothing less.  tf32: products of 10-bit mantissas.  bf16: products under autocast.
+# default: as torch starts and the authors' code leaves it, convolutions in tf32, products in fp32.
+PRECISIONS = ("fp32", "tf32", "bf16", "default")
 
 
-def contestants(*, gpu: bool) -> list[tuple[str, str]]:
-    """(engine, precision) of every row; a CPU knows fp32 only."""
+def contestants(device: torch.device) -> list[tuple[str, str]]:
+    """(engine, precision) of every row.
+
+    The reference runs as the authors' code leaves torch, tuned and compiled code at tf32 where
+    there is such a thing, the fast engine at every precision it has.
+    """
+    gpu = device.type == "cuda"
+    others = [("reference", "default"), ("tuned", "tf32"), ("compile", "tf32")]
     if not gpu:
-        return [(name, "fp32") for name in ENGINES]
-    return [
-        ("reference", "default"), ("tuned", "tf32"), ("compile", "tf32"), ("fast", "fp32"),
-        ("fast", "tf32"),
-    ]  # fmt: skip
+        others = [(name, "fp32") for name, _ in others]
+    return others + [("fast", precision) for precision in precisions(device)]
 
 
 def make(name: str) -> Engine:
@@ -35,10 +39,13 @@ def make(name: str) -> Engine:
 
 @contextmanager
 def running_at(precision: str) -> Iterator[None]:
-    """Inside, fp32 products and convolutions run at one of ``PRECISIONS``."""
+    """Inside, torch's flags stand at one of ``PRECISIONS``.
+
+    What the fast engine computes with is its own setting; bf16 leaves the flags at fp32.
+    """
     before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision in ("tf32", "default")
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tolerances import ENGINES
+from tolerances import ABSOLUTE, ENGINES
 from torch import Tensor
 
 from kiop_fast.synthesize import TERMS, Synthesised
@@ -20,8 +20,13 @@ STEPS = 2
 
 
 def tolerance(precision: str) -> float:
-    """Relative, of every loss term."""
+    """Relative, of every loss."""
     return ENGINES["tf32" if precision == "default" else precision]
+
+
+def absolute(precision: str) -> float:
+    """Of a loss, where the relative tolerance asks for less."""
+    return ABSOLUTE.get(precision, 1e-3 * tolerance(precision))
 
 
 def check_synthesis(ours: Synthesised, theirs: Synthesised, precision: str) -> None:
@@ -30,32 +35,46 @@ def check_synthesis(ours: Synthesised, theirs: Synthesised, precision: str) -> N
     assert torch.equal(ours.targets.cpu(), theirs.targets.cpu())
     if ours.best_step == theirs.best_step == 0:
         away = (ours.images.cpu().int() - theirs.images.cpu().int()).abs().max()
-        assert away <= 1, f"images differ by {away} of 255"  # truncation may fall on either side
+        # Truncation may fall on either side; bf16 has 8 bits.
+        assert away <= (1 if precision != "bf16" else 8), f"images differ by {away} of 255"
         _check_gap("features", ours.features, theirs.features, tolerance(precision))
 
 
 def check_losses(ours: Tensor, theirs: Tensor, precision: str) -> None:
-    """(steps, terms) of a synthesis: every term of the first step, the totals of the first two."""
-    _check_columns(ours[:1], theirs[:1], TERMS, tolerance(precision))
-    _check_columns(ours[:STEPS, -1:], theirs[:STEPS, -1:], ["total"], tolerance(precision))
+    """(steps, terms) of a synthesis: every term of the first step, the totals of the first two.
+
+    Below fp32 an arg-max may fall on the other side, which the adversarial term counts by: it is
+    then held only as a part of the total.
+    """
+    for column, name in enumerate(TERMS):
+        if name != "adv" or precision == "fp32":
+            steps = STEPS if name == "total" else 1
+            _check_column(name, ours[:steps, column], theirs[:steps, column], precision)
     assert ours.isfinite().all()
 
 
-def check_storing(ours: Tensor, theirs: Tensor, precision: str) -> None:
-    """Both terms' losses of the first steps."""
-    terms = ours.shape[1] // 2
-    names = [f"KL of term {k}" for k in range(terms)]
-    _check_columns(ours[:STEPS, :terms], theirs[:STEPS, :terms], names, tolerance(precision))
+def check_storing(ours: Tensor, theirs: Tensor, precision: str, temperature: float) -> None:
+    """Every term's loss of the first steps.
+
+    The reference takes T² times a difference of logarithms of order 1, so one ulp of T² is what
+    rounding leaves of it in single precision, however small the loss.
+    """
+    terms, ulp = ours.shape[1] // 2, temperature**2 * torch.finfo(torch.float32).eps
+    for column in range(terms):
+        name = f"KL of term {column}"
+        _check_column(name, ours[:STEPS, column], theirs[:STEPS, column], precision, ulp)
     assert ours.isfinite().all()
 
 
-def check_epoch(ours: dict[str, Any], theirs: dict[str, Any], precision: str) -> None:
+def check_epoch(
+    ours: dict[str, Any], theirs: dict[str, Any], precision: str, temperature: float
+) -> None:
     """An epoch's losses, synthesis by step, storing as a whole."""
     assert ours["losses"].keys() == theirs["losses"].keys()
     for name, expected in theirs["losses"].items():
         found = ours["losses"][name]
         if name == "storing":
-            check_storing(found, expected, precision)
+            check_storing(found, expected, precision, temperature)
         else:
             check_losses(found, expected, precision)
 
@@ -65,12 +84,13 @@ def check_equal(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> No
     _check_gap(what, ours, theirs, tolerance)
 
 
-def _check_columns(ours: Tensor, theirs: Tensor, names: Any, tolerance: float) -> None:
-    for column, name in enumerate(names):
-        torch.testing.assert_close(
-            ours[:, column].cpu(), theirs[:, column].cpu(), rtol=tolerance, atol=tolerance * 1e-3,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )  # fmt: skip
+def _check_column(
+    name: str, ours: Tensor, theirs: Tensor, precision: str, least: float = 0.0
+) -> None:
+    torch.testing.assert_close(
+        ours.cpu(), theirs.cpu(), rtol=tolerance(precision), atol=max(least, absolute(precision)),
+        msg=lambda text: f"{name} at {precision}: {text}",
+    )  # fmt: skip
 
 
 def _check_gap(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from measure import Measure
 from sizes import Problem, Scale
-from world import World
+from world import World, flop_of
 
 CACHED = (0, 256, 4096)
 
@@ -41,23 +41,24 @@ def test_synthesis_step(
     problem = sizes.problem.with_(cached=cached, bank=1)
     device = measure.session.device
 
-    def world(name: str) -> World:
-        return World(problem, engines.make(name), device, tmp_path / name, (task,))
+    def world(name: str, precision: str) -> World:
+        made = engines.make(name)
+        return World(problem, made, device, tmp_path / name, (task,), precision)
 
     def by_reference() -> tuple[Any, float]:
         with engines.running_at("fp32"):
-            made = world("reference")
+            made = world("reference", "fp32")
             results: list[Any] = []
-            flop = made.flop(lambda: results.append(made.synthesizing(task)()))
+            flop = flop_of(lambda: results.append(made.synthesizing(task)()))
             return results[0], flop
 
     expected, flop = once(by_reference, "synthesis", problem.digest(), task)
     with engines.running_at(precision):
-        made = world(engine)
+        made = world(engine, precision)
         call = made.synthesizing(task)
         results: list[Any] = []
         # An engine that replays graphs or compiled code shows the counter nothing.
-        counted = made.flop(lambda: results.append(call())) if engine != "compile" else 0
+        counted = flop_of(lambda: results.append(call())) if engine != "compile" else 0
         gates.check_synthesis(results[0] if results else call(), expected, precision)
         measure(
             call, setup=lambda: made.rewind(task), group="synthesis step",
@@ -88,13 +89,13 @@ def prompt_step(
         with engines.running_at("fp32"):
             made = World(problem, engines.make("reference"), device, folder / "expected")
             results: list[Any] = []
-            flop = made.flop(lambda: results.append(made.store()))
+            flop = flop_of(lambda: results.append(made.store()))
             return results[0], flop
 
     expected, flop = once(by_reference, "storing", problem.digest())
     with engines.running_at(precision):
-        made = World(problem, engines.make(engine), device, folder / engine)
-        gates.check_storing(made.store(), expected, precision)
+        made = World(problem, engines.make(engine), device, folder / engine, precision=precision)
+        gates.check_storing(made.store(), expected, precision, problem.config.storing.temperature)
         measure(
             made.store, group=group, stage=stage, engine=engine, precision=precision,
             digest=problem.digest(), per=problem.config.storing.steps, rounds=sizes.rounds,
@@ -113,17 +114,18 @@ def test_epoch(
     device = measure.session.device
     problem = sizes.problem.with_(bank=min(512, sizes.problem.bank))
 
-    def world(name: str) -> World:
-        return World(problem, engines.make(name), device, tmp_path / name)
+    def world(name: str, precision: str) -> World:
+        made = engines.make(name)
+        return World(problem, made, device, tmp_path / name, precision=precision)
 
     def by_reference() -> Any:
         with engines.running_at("fp32"):
-            return world("reference").epoch(0)
+            return world("reference", "fp32").epoch(0)
 
     expected = once(by_reference, "epoch", problem.digest())
     with engines.running_at(precision):
-        made = world(engine)
-        gates.check_epoch(made.epoch(0), expected, precision)
+        made = world(engine, precision)
+        gates.check_epoch(made.epoch(0), expected, precision, problem.config.storing.temperature)
         numbers = iter(range(1, 100))
         measure(
             lambda: made.epoch(next(numbers)), group="epoch", stage="epoch with evaluation",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,6 +17,9 @@ from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.engine import Engine
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, random_mapping
 from kiop_fast.runtime import draws
+from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.optimizers import sgd
+from kiop_fast.runtime.profile import Counter
 from kiop_fast.source import Source, batchnorm_layers, freeze
 from kiop_fast.source.zoo import build
 from kiop_fast.store import Term, draw_storing
@@ -73,12 +75,14 @@ class Job:
         self.system = world.engine.synthesizer(
             source, config.synthesis, source.info, side=config.side,
             bank_rows=problem.cached + 8 * config.synthesis.batch, seed=SEED, task=name,
-            device=world.device,
+            device=world.device, **world.execution,
         )  # fmt: skip
         if problem.cached:
             self.system.features.add(feature_rows(problem.cached, features).to(world.device))
         channels = generator_channels(config.synthesis, source)
-        self.bank = world.engine.image_bank(channels, config.side, world.device, folder / name)
+        self.bank = world.engine.image_bank(
+            channels, config.side, world.device, folder / name, capacity=problem.bank + 1024
+        )
         images = smooth_images(problem.bank, config.side).to(world.device)
         self.bank.add(images, torch.zeros(problem.bank, dtype=torch.int64))
         self.prompted = world.engine.prompted(
@@ -102,15 +106,18 @@ class World:
         engine: who runs it.
         device: where.
         folder: scratch, for image banks made of files.
+        precision: of the fast engine, which alone has that setting.
         jobs: names of the tasks to prepare, ``A``, ``B``, ``B2`` …; all by default.
     """
 
     def __init__(
         self, problem: Problem, engine: Engine, device: torch.device, folder: Path,
-        jobs: tuple[str, ...] | None = None,
+        jobs: tuple[str, ...] | None = None, precision: str = "fp32",
     ) -> None:  # fmt: skip
         self.problem, self.engine, self.device = problem, engine, device
         config, side = problem.config, problem.config.side
+        fast = engine.name == "fast"
+        self.execution = {"execution": Execution(precision)} if fast else {}
         self.target, *providers = (
             make_source(problem.arch, classes, side, seed)
             for seed, classes in enumerate(problem.classes)
@@ -130,10 +137,10 @@ class World:
         for k, (name, source, mapping) in enumerate(tasks):
             if jobs is None or name in jobs:
                 self.jobs[name] = Job(name, source, k + 1, mapping, self, folder)
-        self.optimizer = torch.optim.SGD(
-            self.prompt.parameters(), lr=config.storing.lr, momentum=config.storing.momentum,
-            weight_decay=config.storing.weight_decay,
-        )  # fmt: skip
+        storing = config.storing
+        self.optimizer = sgd(
+            self.prompt.parameters(), storing.lr, storing.momentum, storing.weight_decay
+        )
         self.drawn = {
             name: draw_storing(
                 config.storing, job.source.info, problem.bank, config.storing.batch, seed=SEED,
@@ -145,6 +152,7 @@ class World:
             Term(name, 1.0, job.bank, job.source, False, job.loss)
             for name, job in self.jobs.items()
         ]
+        self.storing = engine.storing(self.terms, self.optimizer, storing.steps, **self.execution)
 
     @contextmanager
     def _fixed(self) -> Iterator[None]:
@@ -173,9 +181,7 @@ class World:
 
     def store(self) -> Tensor:
         """One storing period over the banks as they were filled; (steps, 2 · tasks)."""
-        log: Tensor = self.engine.store(
-            self.terms, self.drawn, self.optimizer, self.problem.config.storing.steps
-        )
+        log: Tensor = self.storing.run(self.drawn)
         return log
 
     def epoch(self, number: int) -> dict[str, Any]:
@@ -212,11 +218,9 @@ class World:
             found[name] = float((torch.cat(said) == 0).double().mean())
         return found
 
-    def flop(self, call: Callable[[], Any]) -> float:
-        """Floating-point operations of a call as dispatched, counted once."""
-        from torch.utils.flop_counter import FlopCounterMode
 
-        with FlopCounterMode(display=False) as counter:
-            call()
-        total = counter.get_total_flops()
-        return float(total) if math.isfinite(total) else 0.0
+def flop_of(call: Callable[[], Any]) -> float:
+    """Floating-point operations of the products and convolutions that a call dispatches."""
+    with Counter() as counter:
+        call()
+    return float(sum(counter.flops.values()))
