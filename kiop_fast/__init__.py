@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from kiop_fast.config import RunConfig as RunConfig
     from kiop_fast.deliver.evaluate import evaluate as evaluate
     from kiop_fast.deliver.predict import predict as predict
+    from kiop_fast.dropin.patching import accelerate_upstream as accelerate_upstream
+    from kiop_fast.dropin.patching import accelerated_calls as accelerated_calls
     from kiop_fast.errors import KiopError as KiopError
     from kiop_fast.library import Callback as Callback
     from kiop_fast.library import KiOP as KiOP
@@ -30,6 +32,8 @@ _PUBLIC = {
     "KiopError": "kiop_fast.errors",
     "RunConfig": "kiop_fast.config",
     "Sources": "kiop_fast.sources",
+    "accelerate_upstream": "kiop_fast.dropin.patching",
+    "accelerated_calls": "kiop_fast.dropin.patching",
     "evaluate": "kiop_fast.deliver.evaluate",
     "freeze": "kiop_fast.source",
     "load_prompt": "kiop_fast.prompt.artefact",

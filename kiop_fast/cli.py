@@ -232,6 +232,40 @@ def upstream(
         run_upstream(script, context.args, progress)
 
 
+@app.command("import-upstream")
+def import_upstream(
+    checkpoint: Annotated[Path, Argument(help="a .pth of the authors' scripts")],
+    target: Annotated[str, Option(help=r"model A: \[SCHEME:]NAME@DATA=PATH")],
+    provider: Annotated[list[str], Option("--provider", help="data of model B; repeatable")],
+    mapping: Annotated[list[str] | None, Option(help="A's classes: 4,0,… or a file")] = None,
+    script: Annotated[str | None, Option(help="script whose draws give the mapping")] = None,
+    seed: Annotated[int, Option(help="its --seed")] = 0,
+    backbones: Annotated[str, Option(help="its --backbone_t,_s,_l")] = "ResNet18",
+    batch_size: Annotated[int, Option(help="its --batch_size")] = 64,
+    verify: Annotated[bool, Option(help="compare with the recorded accuracy")] = True,
+    out: Annotated[Path, Option(help="prompt file to write")] = Path("prompt.safetensors"),
+) -> None:
+    """Make a prompt file of a .pth; the label mapping is given or drawn again."""
+    from kiop_fast.dropin import converting as do
+
+    do.import_upstream(checkpoint, out, target, provider, mapping, script, seed, backbones,
+                       verify=verify, batch=batch_size)  # fmt: skip
+    typer.echo(out)
+
+
+@app.command("export-upstream")
+def export_upstream(
+    prompt: Prompt,
+    target: Target = None,
+    out: Annotated[Path, Option(help=".pth to write")] = Path("prompt.pth"),
+) -> None:
+    """Make a .pth for the authors' scripts of a prompt file."""
+    from kiop_fast.dropin import converting as do
+
+    do.export_upstream(prompt, out, target)
+    typer.echo(out)
+
+
 @app.command()
 def doctor(
     overrides: Overrides = None,
@@ -261,6 +295,25 @@ def presets(
     from kiop_fast.commands import presets_text
 
     typer.echo(presets_text(name), nl=False)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    record: Annotated[
+        bool, Option("--record", help="append to benchmarks/results/ of the checkout")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Time every engine, each result checked first; other options go to pytest.
+
+    For example --scale small|paper, --engines reference,fast, --upstream PATH, -k prompt_step.
+    """
+    from kiop_fast.bench import bench_table, compared, run_benchmarks
+
+    rows = compared(run_benchmarks(context.args, record=record, quiet=quiet or as_json))
+    typer.echo(json.dumps([r.facts() for r in rows])) if as_json else _print(bench_table(rows))
 
 
 def main() -> None:

@@ -73,6 +73,10 @@ class OutOfMemoryError(KiopError):
     """A device's memory does not hold the run."""
 
 
+class UpstreamError(KiopError):
+    """The authors' code is not there, or not of a version that can be accelerated."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[KiopError]) -> KiopError:
     """An ``error`` for a ``name`` that is not among ``known``, with the close matches."""
     known = sorted(known)

@@ -13,6 +13,11 @@ from kiop_fast.source import Source, freeze
 from kiop_fast.source.zoo import build
 
 
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """``pytest --benchmark-only`` looks into ``benchmarks/`` alone."""
+    return True if config.getoption("benchmark_only", default=False) else None
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Fixed thread count: sums are then made in the same order on every machine."""

@@ -71,7 +71,8 @@ def test_an_override_reaches_every_setting() -> None:
         "providers": '["resnet8@shapes"]', "prompt.rings": "[24, 44]", "side": "20",
         "synthesis.scale": "[0.4, 0.9]", "synthesis.ratio": "[0.9, 1.1]",
         "precision": "bf16",
-        "storing.replay": "dali", "loading.loader": "torch", "loading.undecodable": "skip",
+        "storing.replay": "dali", "loading.loader": "torch",
+        "loading.undecodable": "skip",
     }  # fmt: skip
     if base.prompt.batchnorm == "running":
         other["prompt.batchnorm"] = "batch"

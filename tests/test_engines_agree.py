@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from stand_ins import tiny_source
+from tolerances import ENGINES
 from torch import Tensor
 
 from kiop_fast.config import StoringConfig, SynthesisConfig
@@ -208,7 +209,7 @@ def compare(fast: dict[str, list[Tensor]], reference: dict[str, list[Tensor]], t
 def test_agree_in_double_precision(case: Case, double: None, tmp_path: Path) -> None:
     fast = play(case, engine("fast"), tmp_path)
     reference = play(case, engine("reference"), tmp_path)
-    compare(fast, reference, 1e-9)
+    compare(fast, reference, ENGINES["fp64"])
     moved = "trained copy" if case.mode == "vanilla" else "cells"
     first, last = fast[moved][0], fast[moved][-len(fast[moved]) // case.epochs]
     assert case.epochs == 1 or not torch.equal(first, last)
@@ -222,7 +223,7 @@ def test_agree_in_single_precision(tmp_path: Path) -> None:
     for name in ("images", "bank"):  # truncation may fall on either side
         for ours, theirs in zip(fast.pop(name), reference.pop(name), strict=True):
             assert (ours.int() - theirs.int()).abs().max() <= 1
-    compare(fast, reference, 1e-3)
+    compare(fast, reference, ENGINES["fp32"])
 
 
 def test_loader_processes_change_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from picture_files import (
 from PIL import Image
 
 from kiop_fast.config import LoadingConfig
-from kiop_fast.data import FileSplit, dataset
+from kiop_fast.data import FileSplit, dataset, download
 from kiop_fast.data.folder import folder_dataset
 from kiop_fast.errors import DataError
 
@@ -106,6 +106,16 @@ def test_labels_beyond_the_classes(root: Path) -> None:
     write_gtsrb(root, [pictures(1, 20, 20, 3)[0]], [43])
     with pytest.raises(DataError, match="labels are not 0 to 42"):
         dataset("gtsrb").train(32)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn", "gtsrb"])
+def test_a_download_without_network(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """One message, whatever torchvision and urllib raise; nothing listens on port 9."""
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(DataError, match=rf"'{name}' cannot be downloaded(.|\n)*a network"):
+        download(name)
 
 
 # --- folders -----------------------------------------------------------------------------------

@@ -354,6 +354,7 @@ def test_auto_takes_dali_for_what_lies_on_disk(files: FileSplit) -> None:
 
 WITHOUT_DALI = """
     import sys, warnings
+    from pathlib import Path
 
     class NoDali:
         def find_spec(self, name, path=None, target=None):
@@ -361,22 +362,29 @@ WITHOUT_DALI = """
                 raise ModuleNotFoundError(name)
 
     sys.meta_path.insert(0, NoDali())
-    import torch
-    import kiop_fast.pipeline, kiop_fast.pretrain
-    from kiop_fast.config import LoadingConfig
-    from kiop_fast.data import DatasetInfo, Split, open_loader
+    from PIL import Image
+    import kiop_fast.pipeline
+    from kiop_fast.config import LoadingConfig, PretrainConfig
+    from kiop_fast.data import dataset, open_loader
     from kiop_fast.errors import DataError
+    from kiop_fast.pretrain import pretrain
 
-    info = DatasetInfo("cifar10", 8, 3, ("a", "b"))
-    split = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    root = Path(sys.argv[1])
+    for i in range(20):
+        (root / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        file = root / "pictures" / "ab"[i % 2] / f"{i}.png"
+        Image.new("RGB", (20, 17), (200 * (i % 2), 5 * i, 90)).save(file)
+    data = f"folder:{root / 'pictures'}"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for _ in range(2):
-            loader = open_loader(split, info, batch=2)
-            assert loader.kind == "torch" and len(list(loader.epoch(0))) == 2
+        config = PretrainConfig(data=data, side=16, epochs=1, batch=4)
+        pretrain(config, root / "m.safetensors")
+        train = dataset(data).train(16)
+        loader = open_loader(train, dataset(data).info, batch=2)
+        assert loader.kind == "torch" and len(list(loader.epoch(0))) == 8
     assert ["DALI is not installed" in str(w.message) for w in said] == [True], said
     try:
-        open_loader(split, info, batch=2, loading=LoadingConfig(loader="dali"))
+        open_loader(train, dataset(data).info, batch=2, loading=LoadingConfig(loader="dali"))
     except DataError as error:
         assert "pip install nvidia-dali" in str(error), error
     else:
@@ -384,5 +392,46 @@ WITHOUT_DALI = """
 """
 
 
-def test_without_dali_everything_imports_and_reads() -> None:
-    subprocess.run([sys.executable, "-c", textwrap.dedent(WITHOUT_DALI)], check=True)
+def test_without_dali_everything_imports_trains_and_reads(tmp_path: Path) -> None:
+    """What is missing is said once, and asking for it by name is an error."""
+    program = textwrap.dedent(WITHOUT_DALI)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+
+
+# --- with a GPU ----------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.gpu
+@gpu
+def test_batches_on_the_gpu_are_those_of_the_cpu(files: FileSplit) -> None:
+    """From memory: equal to rounding.  From files: PNG and PPM decode alike; JPEG on the GPU has a
+    decoder of its own, with other rounding of colours and chroma."""
+    split = waves(20)
+    for memory in (4.0, 0.0):
+        loading = LoadingConfig(loader="dali", threads=2, memory_gb=memory)
+        for given, allowed in ((split, 1e-5), (files, 12 / 255 / 0.19)):
+            here = open_loader(given, INFO, batch=4, last="keep", loading=loading)
+            there = open_loader(given, INFO, batch=4, last="keep", loading=loading, device="cuda")
+            for epoch in range(2):
+                for (x, y), (u, v) in zip(here.epoch(epoch), there.epoch(epoch), strict=True):
+                    assert u.is_cuda
+                    assert v.is_cuda
+                    assert (x - u.cpu()).abs().max() < allowed
+                    assert torch.equal(y, v.cpu())
+
+
+@pytest.mark.gpu
+@gpu
+def test_gpu_batches_that_are_kept_stay_what_they_were() -> None:
+    """While torch writes over freed memory and DALI makes the next batches."""
+    loader = open_loader(waves(64), INFO, batch=8, loading=DALI, device="cuda")
+    kept, copies = [], []
+    for epoch in range(4):
+        for x, _ in loader.epoch(epoch):
+            kept.append(x)
+            copies.append(x.clone())
+            torch.full_like(x, float("nan"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(kept, copies, strict=True))

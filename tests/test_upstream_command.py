@@ -26,6 +26,7 @@ from kiop_fast.dropin.command import run_upstream
 from kiop_fast.dropin.replay import replay_mappings
 from kiop_fast.errors import ArtefactError, ConfigError, DataError
 from kiop_fast.kernels import border_index
+from kiop_fast.source.small_nets import SMALL_NETS
 
 EVAL = (r"Epoch=\d+ Acc@1=[\d.]+ Acc@5=[\d.]+ Loss=[\d.]+ Acc@1_tea=[\d.]+ Acc@5_tea=[\d.]+ "
         r"Loss_tea=[\d.]+ ")  # fmt: skip
@@ -60,9 +61,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(torchvision.models, "tiny", tiny, raising=False)
     monkeypatch.setitem(settings.BACKBONES, "Tiny", "tiny")
-    monkeypatch.setattr("kiop_fast.source.zoo._torchvision_names", lambda: ("tiny", "resnet18"))
-    monkeypatch.setattr("kiop_fast.source.zoo._outline", lambda arch, classes: None)
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, **given: tiny(**given))
+    monkeypatch.setitem(SMALL_NETS, "tiny", Tiny)
     monkeypatch.chdir(tmp_path)
     write_mnist(tmp_path / "data" / "torchdata", 20, 23)
     write_gtsrb(tmp_path / "data" / "torchdata", 43, 43)

@@ -44,12 +44,24 @@ def data_folder() -> Path:
 
 
 def download(name: str) -> Path:
-    """Fetch a dataset into the data folder through torchvision; the folder."""
+    """Fetch a dataset into the data folder through torchvision, checksums verified; the folder.
+
+    Raises:
+        DataError: unknown name, no network, or files that do not arrive whole.
+    """
     if name not in INFOS:
         raise unknown_name("torchvision dataset", name, INFOS, DataError)
     folder = data_folder()
-    for split in ("train", "test"):
-        _open(name, split, folder, download=True)
+    try:
+        for split in ("train", "test"):
+            _open(name, split, folder, download=True)
+    except _UNREADABLE as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise DataError(
+            f"dataset {name!r} cannot be downloaded", got=f"{type(error).__name__}: {lines[-1]}",
+            expected="a network, and files with the checksums that torchvision knows",
+            fix=f"try again, or copy the files of another machine to {folder.resolve()}",
+        ) from None  # fmt: skip
     return folder
 
 

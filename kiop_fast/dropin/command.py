@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,6 @@ class Job:
         if self.flags.cmi_init:
             add_images(run, Path(self.flags.cmi_init))
         self._written = {task.name: len(task.bank) for task in run.tasks}
-        if self.flags.fp16:
-            store: Callable[..., Any] = run.store
-            half = torch.autocast(run.device.type, torch.bfloat16, cache_enabled=False)
-            run.store = half(store)  # type: ignore[method-assign]
 
     def on_epoch(self, run: Run, metrics: dict[str, Any], timings: dict[str, Any]) -> None:
         """Log lines, pictures and the ``.pth`` of an epoch."""

@@ -175,7 +175,7 @@ def notes(flags: argparse.Namespace, given: dict[str, Any]) -> list[str]:
     if flags.cn == 1:
         said.append("--cn 1 makes grey images for grey data, latent 128, width 56, at --img_size")
     if flags.fp16:
-        said.append("--fp16 computes the prompt steps in bfloat16, which needs no loss scaling")
+        said.append("--fp16 computes products in bfloat16, which needs no loss scaling")
     if flags.seed is None:
         said.append("no --seed: one is drawn and written to the run folder")
     return said

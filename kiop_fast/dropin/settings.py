@@ -102,7 +102,8 @@ def run_config(script: str, flags: Namespace, specs: list[SourceSpec]) -> RunCon
         "mode": "b" if script == "KiOP_B" else "bf", "side": flags.img_size,
         "target": str(specs[0]), "providers": [str(spec) for spec in specs[1:]],
         "epochs": flags.epochs, "rounds": flags.ep_steps // flags.kd_steps, "seed": flags.seed,
-        "device": device(flags), "prompt": cells, "synthesis": synthesis, "storing": storing,
+        "device": device(flags), "prompt": cells,
+        "precision": "bf16" if flags.fp16 else "fp32", "synthesis": synthesis, "storing": storing,
         "evaluation": {"every": 0, "batch": flags.batch_size},
     })  # fmt: skip
 

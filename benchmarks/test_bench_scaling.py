@@ -1,0 +1,87 @@
+"""Time and memory as one size grows: batch, canvas, negatives, providers.
+
+A few points by default; ``--sweep`` takes all of the scale's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import engines
+import gates
+import pytest
+from measure import Measure
+from sizes import Problem, Scale
+from test_bench_steps import extra_warmth, prompt_step
+from world import World
+
+POINTS = {
+    "batch": (16, 64, 128, 256, 512),
+    "canvas": (24, 48, 64, 96, 128, 160, 224),
+    "negatives": (0, 256, 1024, 4096, 16384),
+    "providers": (1, 2, 3, 4),
+}
+SWEEPERS = ("reference", "fast")
+
+
+def problem_at(sizes: Scale, axis: str, point: int) -> Problem:
+    """The scale's problem with one size changed."""
+    base = sizes.problem.with_(cached=256, bank=max(512, point if axis == "batch" else 0))
+    if axis == "batch":
+        return base.with_(synthesis={"batch": point}, storing={"batch": point})
+    if axis == "canvas":
+        return base.with_(prompt={"rings": [base.config.prompt.rings[0], point]})
+    if axis == "negatives":
+        return base.with_(cached=point, bank=1, synthesis={"negatives": max(point, 1)})
+    from dataclasses import replace
+
+    inner, outer = base.config.prompt.rings
+    rings = [inner, *(outer + 8 * k for k in range(point))]
+    classes = (base.classes[0], *[base.classes[1]] * point)
+    return replace(base.with_(cached=0, prompt={"rings": rings}), classes=classes)
+
+
+def chosen(sizes: Scale, axis: str, point: int, *, sweep: bool) -> bool:
+    """Whether a point belongs to the run: all of the scale's, or the two ends of each axis."""
+    points = sizes.points[axis]
+    return point in (points if sweep else (points[0], points[-1])) and (
+        sweep or sizes.name == "small"
+    )
+
+
+@pytest.mark.parametrize("engine", SWEEPERS)
+@pytest.mark.parametrize(
+    ("axis", "point"), [(axis, point) for axis, points in POINTS.items() for point in points]
+)
+def test_scaling(
+    axis: str, point: int, engine: str, sizes: Scale, measure: Measure, once: Callable[..., Any],
+    tmp_path: Path, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    if engine not in request.config.getoption("engines").split(","):
+        pytest.skip("not among --engines")
+    if not chosen(sizes, axis, point, sweep=request.config.getoption("sweep")):
+        pytest.skip("not a point of this run")
+    problem, device = problem_at(sizes, axis, point), measure.session.device
+    stage = f"{axis} {point}"
+    where = {"axis": axis, "point": point}
+    precision = "fp32"
+    if axis in ("canvas", "providers"):
+        prompt_step(problem, stage, (engine, precision), sizes, measure, once, tmp_path,
+                    group="scaling", **where)  # fmt: skip
+        return
+
+    def world(name: str) -> World:
+        return World(problem, engines.make(name), device, tmp_path / name, ("A",))
+
+    with engines.running_at(precision):
+        expected = once(lambda: world("reference").synthesizing("A")(), "scaling", problem.digest())
+        made = world(engine)
+        call = made.synthesizing("A")
+        gates.check_synthesis(call(), expected, precision)
+        measure(
+            call, setup=lambda: made.rewind("A"), group="scaling", stage=stage, engine=engine,
+            precision=precision, digest=problem.digest(), per=problem.config.synthesis.steps,
+            rounds=2, warm=extra_warmth(engine, device), **where,
+        )  # fmt: skip

@@ -1,0 +1,136 @@
+"""Synthesis step, prompt step and epoch: every engine on the same draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import engines
+import gates
+import pytest
+import torch
+from measure import Measure
+from sizes import Problem, Scale
+from world import World, flop_of
+
+CACHED = (0, 256, 4096)
+
+
+def skip_at_small(engine: str, sizes: Scale, *, worth_compiling: bool) -> None:
+    """A compilation takes half a minute on two cores: at scale small one of a kind is enough."""
+    if sizes.name == "small" and engine == "compile" and not worth_compiling:
+        pytest.skip("compiled at scale paper")
+
+
+def extra_warmth(engine: str, device: torch.device) -> int:
+    """Calls after the checked one until a time is steady: compiled code and graphs need one."""
+    return int(engine == "compile" or device.type == "cuda")
+
+
+@pytest.mark.parametrize("cached", CACHED)
+@pytest.mark.parametrize("task", ["B", "A"])
+def test_synthesis_step(
+    task: str, cached: int, contestant: tuple[str, str], sizes: Scale, measure: Measure,
+    once: Callable[..., Any], tmp_path: Path,
+) -> None:  # fmt: skip
+    if cached not in sizes.cached:
+        pytest.skip(f"not at scale {sizes.name}")
+    engine, precision = contestant
+    skip_at_small(engine, sizes, worth_compiling=(task, cached) == ("B", 256))
+    problem = sizes.problem.with_(cached=cached, bank=1)
+    device = measure.session.device
+
+    def world(name: str, precision: str) -> World:
+        made = engines.make(name)
+        return World(problem, made, device, tmp_path / name, (task,), precision)
+
+    def by_reference() -> tuple[Any, float]:
+        with engines.running_at("fp32"):
+            made = world("reference", "fp32")
+            results: list[Any] = []
+            flop = flop_of(lambda: results.append(made.synthesizing(task)()))
+            return results[0], flop
+
+    expected, flop = once(by_reference, "synthesis", problem.digest(), task)
+    with engines.running_at(precision):
+        made = world(engine, precision)
+        call = made.synthesizing(task)
+        results: list[Any] = []
+        # An engine that replays graphs or compiled code shows the counter nothing.
+        counted = flop_of(lambda: results.append(call())) if engine != "compile" else 0
+        gates.check_synthesis(results[0] if results else call(), expected, precision)
+        measure(
+            call, setup=lambda: made.rewind(task), group="synthesis step",
+            stage=f"synthesis step for {task}, {cached} negatives", engine=engine,
+            precision=precision, digest=problem.digest(), per=problem.config.synthesis.steps,
+            rounds=sizes.rounds, warm=extra_warmth(engine, device), memory=sizes.name != "paper",
+            flop=counted or None, reference_flop=flop,
+        )  # fmt: skip
+
+
+def test_prompt_step(
+    contestant: tuple[str, str], sizes: Scale, measure: Measure, once: Callable[..., Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    prompt_step(sizes.problem.with_(cached=0), "prompt step", contestant, sizes, measure, once,
+                tmp_path)  # fmt: skip
+
+
+def prompt_step(
+    problem: Problem, stage: str, contestant: tuple[str, str], sizes: Scale, measure: Measure,
+    once: Callable[..., Any], folder: Path, group: str = "prompt step", **more: Any,
+) -> None:  # fmt: skip
+    """Time a storing period whose first steps are the reference's."""
+    engine, precision = contestant
+    device = measure.session.device
+
+    def by_reference() -> tuple[Any, float]:
+        with engines.running_at("fp32"):
+            made = World(problem, engines.make("reference"), device, folder / "expected")
+            results: list[Any] = []
+            flop = flop_of(lambda: results.append(made.store()))
+            return results[0], flop
+
+    expected, flop = once(by_reference, "storing", problem.digest())
+    with engines.running_at(precision):
+        made = World(problem, engines.make(engine), device, folder / engine, precision=precision)
+        gates.check_storing(made.store(), expected, precision, problem.config.storing.temperature)
+        measure(
+            made.store, group=group, stage=stage, engine=engine, precision=precision,
+            digest=problem.digest(), per=problem.config.storing.steps, rounds=sizes.rounds,
+            warm=extra_warmth(engine, device), memory=sizes.name != "paper", reference_flop=flop,
+            **more,
+        )  # fmt: skip
+
+
+def test_epoch(
+    contestant: tuple[str, str], sizes: Scale, measure: Measure, once: Callable[..., Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Both syntheses, banks, storing and evaluation; successive epochs, as in a run."""
+    engine, precision = contestant
+    skip_at_small(engine, sizes, worth_compiling=False)
+    device = measure.session.device
+    problem = sizes.problem.with_(bank=min(512, sizes.problem.bank))
+
+    def world(name: str, precision: str) -> World:
+        made = engines.make(name)
+        return World(problem, made, device, tmp_path / name, precision=precision)
+
+    def by_reference() -> Any:
+        with engines.running_at("fp32"):
+            return world("reference", "fp32").epoch(0)
+
+    expected = once(by_reference, "epoch", problem.digest())
+    with engines.running_at(precision):
+        made = world(engine, precision)
+        gates.check_epoch(made.epoch(0), expected, precision, problem.config.storing.temperature)
+        numbers = iter(range(1, 100))
+        measure(
+            lambda: made.epoch(next(numbers)), group="epoch", stage="epoch with evaluation",
+            engine=engine, precision=precision, digest=problem.digest(), rounds=2,
+            warm=extra_warmth(engine, device), memory=sizes.name != "paper",
+            steps={"synthesis": 2 * problem.config.synthesis.steps,
+                   "storing": problem.config.storing.steps},
+        )  # fmt: skip

@@ -1,0 +1,311 @@
+"""Run one of the authors' scripts, untouched, on a machine without CUDA; a program of its own.
+
+    python beside_upstream.py CHECKOUT SCRIPT.py plain|patched DRAWS.pt RESULT.json -- FLAGS
+    python beside_upstream.py CHECKOUT evaluate CHECKPOINT.pth RESULT.json
+
+The second loads a .pth into the script's own model and asks the script's own evaluators.
+
+Adapted from outside only: ``termcolor`` and ``lmdb``, where they are missing, are empty modules;
+torchvision's constructors are asked for no ImageNet weights (the scripts overwrite them; the same
+random numbers are drawn); ``--gpu`` is the CPU and ``Tensor.cuda`` does nothing.
+
+How draws are fed: a ``plain`` run draws everything itself and writes it to DRAWS.pt: initial
+head weights, and for every call of ``synthesize`` z, targets, the reset generator, kornia's
+crops, boxes and flips, and the order in which images were asked for.  A ``patched`` run hands
+them to ``accelerate_upstream(draw=…, order=…)``.  With ``-`` for DRAWS.pt every run draws its own.
+BESIDE_DOUBLE=1 computes in double precision, where rounding does not grow into the images.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+warnings.filterwarnings("ignore")
+
+
+def adapt(checkout: Path) -> None:
+    """Make the checkout importable and runnable without CUDA."""
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(checkout))
+    for name in ("termcolor", "lmdb"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            stub = types.ModuleType(name)
+            stub.colored = lambda text, *a, **k: text  # type: ignore[attr-defined]
+            sys.modules[name] = stub
+    import torchvision.models as models
+
+    for name in ("resnet18", "resnet50", "resnet101"):
+        real = getattr(models, name)
+        setattr(models, name, lambda weights=None, real=real: real(weights=None))
+    vgg = models.vgg13_bn
+    models.vgg13_bn = lambda pretrained=False: vgg(weights=None, init_weights=False)
+    torch.Tensor.cuda = lambda self, *a, **k: self
+
+
+class Recorder:
+    """Writes down what a plain run draws and loses."""
+
+    def __init__(self, datafree: Any, draws: bool) -> None:
+        self.made: dict[int, dict[str, Any]] = {}  # by synthesizer, in the order of their making
+        self.keep = draws
+        module = importlib.import_module("datafree.synthesis.contrastive")
+        self._wrap_synthesize(module)
+        if draws:
+            self._wrap_loader(datafree, module)
+
+    def of(self, synthesizer: Any) -> dict[str, Any]:
+        return self.made.setdefault(
+            id(synthesizer), {"calls": [], "totals": [], "head": None, "self": synthesizer}
+        )
+
+    def _wrap_synthesize(self, module: Any) -> None:
+        kind, recorder = module.CMISynthesizer, self
+        real = kind.synthesize
+
+        def synthesize(self: Any, targets: Any = None) -> Any:
+            mine, call = (
+                recorder.of(self),
+                {k: [] for k in ("crop", "crop_flip", "box", "box_flip")},
+            )
+            if mine["head"] is None:
+                mine["head"] = [p.detach().clone() for p in self.head.parameters()]
+                self.aug = recorder.views(self, self.aug)
+            call |= {"order": [], "totals": []}
+            mine["calls"].append(call)
+            randn, backward, reset = torch.randn, torch.Tensor.backward, module.reset_model
+
+            def noted(*a: Any, **k: Any) -> Any:
+                value = randn(*a, **k)
+                if tuple(value.shape) == (self.synthesis_batch_size, self.nz):
+                    call["z"] = value.clone()
+                return value
+
+            def back(loss: Any, *a: Any, **k: Any) -> Any:
+                call["totals"].append(float(loss))
+                return backward(loss, *a, **k)
+
+            def new(model: Any) -> None:
+                reset(model)
+                call["weights"] = [p.detach().clone() for p in model.parameters()]
+
+            torch.randn, torch.Tensor.backward, module.reset_model = noted, back, new
+            try:
+                result = real(self, targets)
+            finally:
+                torch.randn, torch.Tensor.backward, module.reset_model = randn, backward, reset
+            call["targets"] = result[2].clone()
+            return result
+
+        kind.synthesize = synthesize
+
+    def views(self, synthesizer: Any, aug: Any) -> Any:
+        def recording(x: Any) -> Any:
+            views, call = aug(x), self.of(synthesizer)["calls"][-1]
+            for name, transform in zip(("crop", "box"), aug.transform, strict=True):
+                place, flip = transform.transforms[:2]
+                corners = place._params["src"].long()  # x, y, clockwise from the top left
+                left, top = corners[:, 0, 0], corners[:, 0, 1]
+                width, height = corners[:, 1, 0] - left + 1, corners[:, 3, 1] - top + 1
+                box = torch.stack([top, left, height, width], dim=1)
+                call[name].append(box[:, :2] if name == "crop" else box)
+                call[f"{name}_flip"].append(flip._params["batch_prob"] > 0.5)
+            return views
+
+        return recording
+
+    def _wrap_loader(self, datafree: Any, module: Any) -> None:
+        """One process reads the pool, so that the order of its images can be seen."""
+        loader, pictures = torch.utils.data.DataLoader, datafree.utils.UnlabeledImageDataset
+        read, recorder = pictures.__getitem__, self
+
+        def single(*given: Any, **named: Any) -> Any:
+            return loader(*given, **{**named, "num_workers": 0})
+
+        def getitem(self: Any, index: int) -> Any:
+            folder, name = Path(self.images[index]).parent, Path(self.images[index]).stem
+            for mine in recorder.made.values():
+                if Path(mine["self"].data_pool.root) == folder:
+                    call, row = map(int, name.split("-"))
+                    batch = mine["self"].synthesis_batch_size
+                    mine["calls"][-1]["order"].append(call * batch + row)
+            return read(self, index)
+
+        torch.utils.data.DataLoader, pictures.__getitem__ = single, getitem
+
+    def draws(self) -> list[dict[str, Any]]:
+        return [{k: v for k, v in mine.items() if k != "self"} for mine in self.made.values()]
+
+    def totals(self) -> list[list[list[float]]]:
+        return [[call["totals"] for call in mine["calls"]] for mine in self.made.values()]
+
+
+class Feeder:
+    """Hands a plain run's draws to the accelerated synthesizers, in the order of their making."""
+
+    def __init__(self, file: str) -> None:
+        self.recorded = torch.load(file, weights_only=True) if file != "-" else None
+        self.seen: dict[int, int] = {}
+        self.made: list[Any] = []
+        self.calls: dict[int, int] = {}
+        self.losses: list[list[list[float]]] = []
+        self.asked: dict[tuple[int, int], int] = {}
+
+    def place(self, synthesizer: Any) -> int:
+        if id(synthesizer) not in self.seen:
+            self.seen[id(synthesizer)] = len(self.made)
+            self.made.append(synthesizer)
+        return self.seen[id(synthesizer)]
+
+    def draw(self, synthesizer: Any, targets: Any) -> Any:
+        from kiop_fast.runtime.draws import ViewDraws
+        from kiop_fast.synthesize import SynthesisDraws
+
+        place = self.place(synthesizer)
+        number = self.calls.get(place, 0)
+        self.calls[place] = number + 1
+        mine = self.recorded[place]
+        call = mine["calls"][number]
+        if number == 0:
+            with torch.no_grad():
+                for ours, theirs in zip(synthesizer.head.parameters(), mine["head"], strict=True):
+                    ours.copy_(theirs)
+        from kiop_fast.synthesize import Generator
+
+        with torch.device("meta"):
+            config = synthesizer._period.config
+            names = Generator(config.latent, config.width, synthesizer.img_size[1], 3)
+        weights = dict(zip((n for n, _ in names.named_parameters()), call["weights"], strict=True))
+        seen = ViewDraws(*(torch.stack(call[k]) for k in ("crop", "crop_flip", "box", "box_flip")))
+        return SynthesisDraws(weights, call["z"], call["targets"], seen, None)
+
+    def order(self, synthesizer: Any, count: int) -> Any:
+        place = self.place(synthesizer)
+        number = self.calls[place] - 1
+        turn = self.asked.get((place, number), 0)
+        self.asked[place, number] = turn + 1
+        told = self.recorded[place]["calls"][number]["order"][turn * count : (turn + 1) * count]
+        rest = [i for i in range(count) if i not in set(told)]
+        return torch.tensor(told + rest)
+
+
+def evaluate(checkout: str, pth: str, result: str) -> None:
+    """Accuracies of a .pth in KiOP_BF's model and evaluators: B's task, then A's."""
+    from functools import partial
+
+    import numpy as np
+
+    adapt(Path(checkout).resolve())
+    import datafree
+    import KiOP_BF
+    import registry
+    from torchvision.models import resnet18
+    from visual_prompt import ExpansiveVisualPrompt
+
+    saved = torch.load(pth)  # torch's default: nothing is unpickled but plain values
+    state, own = saved["state_dict"], saved["kiop_fast"]
+    inner, outer = (state[f"{m}.program"].shape[-1] for m in ("modelA", "modelD"))
+    model = resnet18()
+    model.fc = torch.nn.Linear(model.fc.in_features, len(state["modelB.fc.bias"]))
+    student = KiOP_BF.model_Fusion(
+        ExpansiveVisualPrompt(inner, mask=np.zeros((32, 32))), model,
+        partial(KiOP_BF.label_mapping_base, mapping_sequence=own["mappings"][0]),
+        ExpansiveVisualPrompt(outer, mask=np.zeros((inner, inner))),
+    )  # fmt: skip
+    student.load_state_dict(state)
+    student.eval()
+    found = []
+    for name in (own["datasets"][1], own["datasets"][0]):
+        data = registry.get_dataset(name, data_root="data")[2]
+        found.append(torch.utils.data.DataLoader(data, batch_size=16, shuffle=False))
+    b = datafree.evaluators.classification_evaluator(found[0])(student, device="cpu")
+    a = datafree.evaluators.classification_prompt_evaluator_v2(found[1])(
+        student.modelA, student.modelB, device="cpu"
+    )
+    Path(result).write_text(
+        json.dumps({n: [*e["Acc"], float(e["Loss"])] for n, e in (("B", b), ("A", a))})
+    )
+
+
+def main() -> None:
+    if sys.argv[2] == "evaluate":
+        evaluate(sys.argv[1], *sys.argv[3:])
+        return
+    checkout, script, mode, draws, result, _, *flags = sys.argv[1:]
+    adapt(Path(checkout).resolve())
+    torch.set_num_threads(1)
+    import datafree
+
+    fed, recorder, count = draws != "-", None, None
+    feeder = Feeder(draws if mode == "patched" else "-")
+    if mode == "patched":
+        from kiop_fast import accelerate_upstream
+
+        feed = {"draw": feeder.draw, "order": feeder.order} if fed else {}
+        count = accelerate_upstream(**feed)
+        kind = datafree.synthesis.CMISynthesizer
+        after: list[Any] = []
+        real = kind.synthesize
+
+        def synthesize(self: Any, targets: Any = None) -> Any:
+            found = real(self, targets)
+            place = feeder.place(self)
+            while len(after) <= place:
+                after.append([])
+            after[place].append(self.losses[:, -1].tolist())
+            return found
+
+        kind.synthesize = synthesize
+    elif fed:
+        recorder = Recorder(datafree, draws=True)
+    steps: list[float] = []
+    criterion = datafree.criterions.KLDiv
+    forward = criterion.forward
+
+    def noted(self: Any, logits: Any, targets: Any) -> Any:
+        value = forward(self, logits, targets)
+        if self.reduction == "batchmean":
+            steps.append(float(value))
+        return value
+
+    criterion.forward = noted
+    sys.argv = [script, *flags]
+    module = importlib.import_module(Path(script).stem)
+    module.parser.set_defaults(gpu=torch.device("cpu"))
+    random.seed(0)
+    mappings: list[Any] = []
+    real_partial = module.partial
+
+    def partial(*given: Any, **named: Any) -> Any:
+        if "mapping_sequence" in named:
+            mappings.append(named["mapping_sequence"].tolist())
+        return real_partial(*given, **named)
+
+    module.partial = partial
+    if os.environ.get("BESIDE_DOUBLE"):
+        torch.set_default_dtype(torch.float64)
+    began = time.perf_counter()
+    module.main()
+    seconds = time.perf_counter() - began
+    if recorder is not None:
+        torch.save(recorder.draws(), draws)
+    Path(result).write_text(json.dumps({
+        "seconds": seconds, "kl": steps, "mappings": mappings, "counts": count and dict(count),
+        "totals": recorder.totals() if recorder else after if mode == "patched" else [],
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

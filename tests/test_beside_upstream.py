@@ -1,0 +1,92 @@
+"""The authors' code beside ours.  Needs its checkout: set KIOP_UPSTREAM to the folder.
+
+The checkout runs in processes of its own (tests/beside_upstream.py says how it is adapted from
+outside, and how draws are fed).
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from upstream_files import working_folder
+
+CHECKOUT = os.environ.get("KIOP_UPSTREAM", "")
+pytestmark = [
+    pytest.mark.skipif(not CHECKOUT, reason="KIOP_UPSTREAM names no checkout of the authors' code"),
+    pytest.mark.slow,
+]
+TESTS = Path(__file__).parent
+FLAGS = """--method cmi --cn 3 --dataset mnist --real_dataset gtsrb --backbone_t ResNet18
+--backbone_s ResNet18 --teacher mnist --student gtsrb --img_size 32 --vp1_size 36 --vp2_size 48
+--batch_size 16 --g_steps 3 --kd_steps 3 --ep_steps 3 --epochs 2 --adv 0.5 --bn 1 --oh 1 --cr 0.8
+--cr_T 0.6 --T 20 --lr 0.8 --lr_g 0.01 --seed 0"""
+
+
+def call(folder: Path, *line: str, double: bool = False) -> str:
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
+    environment |= {"BESIDE_DOUBLE": "1"} if double else {}
+    said = subprocess.run([sys.executable, *line], cwd=folder, env=environment, text=True,
+                          capture_output=True, check=False)  # fmt: skip
+    assert said.returncode == 0, said.stderr[-3000:]
+    return said.stdout
+
+
+def beside(folder: Path, way: str, draws: str, *change: str, double: bool = False) -> Any:
+    flags = [*FLAGS.split(), "--save_dir", f"{way}/b", "--save_dir_1", f"{way}/a", *change]
+    program = str(TESTS / "beside_upstream.py")
+    call(folder, program, str(Path(CHECKOUT).resolve()), "KiOP_BF.py", way, draws, f"{way}.json",
+         "--", *flags, double=double)  # fmt: skip
+    return json.loads((folder / f"{way}.json").read_text())
+
+
+def test_fed_the_same_draws_the_patched_script_has_the_same_losses(tmp_path: Path) -> None:
+    """Every loss of both periods, and every byte of every image, in double precision."""
+    folder = working_folder(tmp_path, 43, 43)
+    change = ["--batch_size", "8", "-j", "0"]
+    plain = beside(folder, "plain", "draws.pt", *change, double=True)
+    ours = beside(folder, "patched", "draws.pt", *change, double=True)
+    assert ours["mappings"] == plain["mappings"]
+    assert ours["counts"]["CMISynthesizer.synthesize"] == 4
+    totals = [[x for call in calls for x in call] for calls in plain["totals"]]
+    assert [len(t) for t in totals] == [6, 6]
+    for mine, theirs in zip(ours["totals"], totals, strict=True):
+        assert [x for call in mine for x in call] == pytest.approx(theirs, rel=1e-9)
+    assert len(plain["kl"]) == 12
+    assert ours["kl"] == pytest.approx(plain["kl"], rel=1e-9)
+    for name in "ab":
+        names = [p.name for p in (folder / "plain" / name).iterdir()]
+        same, *_ = filecmp.cmpfiles(folder / "plain" / name, folder / "patched" / name, names,
+                                    shallow=False)  # fmt: skip
+        assert len(same) == len(names) == 16
+
+
+def test_our_pth_in_their_model_and_evaluator(tmp_path: Path) -> None:
+    """The .pth of our command: load_state_dict, both accuracies, top-5 and loss; their mapping."""
+    folder = working_folder(tmp_path, 43, 83)
+    flags = [*FLAGS.split(), "--save_dir", "b", "--save_dir_1", "a", "--epochs", "1"]
+    said = call(folder, "-m", "kiop_fast.upstream", "KiOP_BF.py", *flags)
+    call(folder, str(TESTS / "beside_upstream.py"), str(Path(CHECKOUT).resolve()), "evaluate",
+         "checkpoints/datafree-cmi/mnist-mnist-gtsrb.pth", "theirs.json")  # fmt: skip
+    theirs = json.loads((folder / "theirs.json").read_text())
+    number = r"([\d.]+)"
+    for task, end in (("B", ""), ("A", "_tea")):
+        line = rf"Acc@1{end}={number} Acc@5{end}={number} Loss{end}={number}"
+        ours = [float(x) for x in re.findall(line, said)[-1]]
+        # One image of 83 may change sides: pixels are bytes here and floats there.
+        assert ours[:2] == pytest.approx(theirs[task][:2], abs=100 / 83 + 1e-3)
+        assert ours[2] == pytest.approx(theirs[task][2], rel=2e-3)
+    plain = beside(folder, "plain", "-", "--epochs", "1", "--g_steps", "1", "--kd_steps", "1")
+    import torch
+
+    saved = torch.load(folder / "checkpoints" / "datafree-cmi" / "mnist-mnist-gtsrb.pth")
+    mapping = saved.get("kiop_fast", {}).get("mappings")
+    if mapping is not None:  # the plain run overwrites the file where it reads better
+        assert [m.tolist() for m in mapping] == plain["mappings"]
