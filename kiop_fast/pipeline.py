@@ -12,7 +12,13 @@ import torch
 
 from kiop_fast.config import RunConfig, to_dict
 from kiop_fast.config_io import dump_toml
-from kiop_fast.deliver.evaluate import has_test_data, source_accuracy, task_accuracy
+from kiop_fast.data import dali
+from kiop_fast.deliver.evaluate import (
+    has_test_data,
+    require_test_data,
+    source_accuracy,
+    task_accuracy,
+)
 from kiop_fast.errors import ArtefactError, ConfigError
 from kiop_fast.prompt.artefact import (
     Artefact,
@@ -80,6 +86,8 @@ def train(
     began = time.perf_counter()
     device = choose_device(config.device)
     use_threads(config.threads)
+    if "dali" in (config.loading.loader, config.storing.replay):
+        dali.chosen("dali")  # an error now rather than after an epoch
     inner = load_inner(config)
     folder = RunFolder(out, dump_toml(config), config.digest(), resume=resume)
     if sources is None:
@@ -87,6 +95,9 @@ def train(
         sources = load_sources(config, rings, device, progress)
     prints = sources.fingerprints()
     restored = folder.restored(prints)
+    if config.evaluation.every:
+        for source in (sources.target, *sources.providers):
+            require_test_data(source.info, config.side)
     run = Run(config, sources, device, folder.path / "scratch", inner)
     if prepare is not None:
         prepare(run)

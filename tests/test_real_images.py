@@ -159,6 +159,27 @@ def test_pretrain_and_evaluate_through_dali(root: Path) -> None:
     assert source_accuracy(made[1], 16, 5, skip) == 1.0
 
 
+def test_missing_test_data_stop_a_run_before_it_starts(
+    root: Path, sources: Callable[[str], Sources]
+) -> None:
+    config = tiny("resnet8@cifar100", mode="bf")
+    with pytest.raises(DataError, match=r"'cifar100' cannot be read(.|\n)*evaluation\.every=0"):
+        train(config, root / "run", sources=sources("cifar100"))
+    assert not (root / "run" / "config.toml").exists()
+    train(override(config, {"evaluation": {"every": 0}}), root / "run", sources=sources("cifar100"))
+
+
+def test_dali_is_asked_for_before_a_run_starts(
+    root: Path, sources: Callable[[str], Sources], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kiop_fast.data.dali.available", lambda: False)
+    for change in ({"loading": {"loader": "dali"}}, {"storing": {"replay": "dali"}}):
+        with pytest.raises(DataError, match=r"not installed(.|\n)*pip install nvidia-dali"):
+            train(tiny("resnet8@letters", mode="bf", **change), root / "run",
+                  sources=sources("letters"))  # fmt: skip
+    assert not (root / "run" / "config.toml").exists()
+
+
 def test_the_flag_of_the_command_line(root: Path, signs: Path) -> None:
     run = CliRunner()
     weights = root / "signs.safetensors"

@@ -14,6 +14,7 @@ from kiop_fast.config import BATCHNORM_POLICIES, LoadingConfig, PromptConfig
 from kiop_fast.config_io import from_dict
 from kiop_fast.data import FileSplit, Loader, dataset, known, open_loader
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
+from kiop_fast.errors import DataError
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
 from kiop_fast.prompt.artefact import Artefact, ArtefactTask
 from kiop_fast.prompt.served import PromptedTask
@@ -39,6 +40,21 @@ def read_test(info: DatasetInfo, side: int) -> Split | FileSplit:
         DataError: no dataset of that name.
     """
     return _read(dataset(info.name), side)
+
+
+def require_test_data(info: DatasetInfo, side: int) -> None:
+    """Before long work: read what the first evaluation will need; nothing is returned.
+
+    Raises:
+        DataError: test data that go by a known name are not there or damaged.
+    """
+    if not has_test_data(info):
+        return
+    try:
+        read_test(info, side)
+    except DataError as error:
+        error.args = (f"{error}\n  or:       evaluation.every=0 trains without test data",)
+        raise
 
 
 @lru_cache(maxsize=16)
