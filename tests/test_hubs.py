@@ -14,6 +14,7 @@ from kiop_fast.data import dataset
 from kiop_fast.errors import SourceError
 from kiop_fast.pipeline import train
 from kiop_fast.pretrain import pretrain
+from kiop_fast.prompt.artefact import load_prompt
 from kiop_fast.source import (
     BatchNormTaps,
     Source,
@@ -24,6 +25,7 @@ from kiop_fast.source import (
     parse_source,
 )
 from kiop_fast.source.hubs import build_timm
+from kiop_fast.sources import Sources
 
 timm = pytest.importorskip("timm")
 
@@ -303,19 +305,16 @@ def test_whole_run(tmp_path: Path, arch: str) -> None:
     torch.save(model.state_dict(), tmp_path / "a.pth")
     small = build("resnet8", 10, 32)
     torch.save(small.state_dict(), tmp_path / "b.pth")
-    models = {
-        "target": f"{arch}@gtsrb={tmp_path / 'a.pth'}",
-        "providers": [f"resnet8@digits={tmp_path / 'b.pth'}"],
-    }
-    result = train(override(RunConfig(), {**models, **SMALL}), tmp_path / "run")
+    target = load(f"{arch}@gtsrb={tmp_path / 'a.pth'}", 32, 36, 40)
+    provider = load(f"resnet8@digits={tmp_path / 'b.pth'}", 32)
+    names = {"target": f"{arch}@gtsrb", "providers": ["resnet8@digits"]}
+    config = override(RunConfig(), {**names, **SMALL})
+    result = train(config, tmp_path / "run", sources=Sources(target, (provider,)))
     assert result.artefact is not None
     assert all(value == value for value in result.metrics[0]["loss"].values())
-    from kiop_fast.prompt.artefact import load_prompt
-
     artefact = load_prompt(result.artefact)
     assert all(bool(ring.any()) for ring in artefact.cells)
     assert artefact.target.arch == arch
-    target = load(models["target"], 32, 36, 40)
     served = artefact.on(target)
     assert served.task("digits")(torch.rand(2, 1, 32, 32)).shape == (2, 10)
     assert served.task("gtsrb")(torch.rand(2, 3, 32, 32)).shape == (2, 43)

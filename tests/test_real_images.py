@@ -187,17 +187,16 @@ def test_the_flag_of_the_command_line(root: Path, signs: Path) -> None:
     done = run.invoke(app, ["pretrain", "--data", "gtsrb", "--loader", "dali", *common,
                             "--arch", "resnet8", "--out", str(weights)])  # fmt: skip
     assert done.exit_code == 0, done.output
+    arguments = ["train", "--preset", "paper-b", "--target", f"resnet8@gtsrb={weights}",
+                 "--provider", f"resnet8@gtsrb={weights}", "--loader", "dali", "--side", "16",
+                 "--epochs", "1", "--device", "cpu", "--out", str(root / "run"), "--quiet",
+                 "prompt.rings=[20, 24]", "synthesis.steps=2", "synthesis.batch=4",
+                 "synthesis.width=4", "synthesis.head_width=8", "synthesis.pad=1",
+                 "storing.steps=2", "storing.batch=4", "storing.batch_real=4"]  # fmt: skip
+    done = run.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
     for loader in ("dali", "torch"):
-        out = root / loader
-        arguments = ["train", "--preset", "paper-b", "--target", f"resnet8@gtsrb={weights}",
-                     "--provider", f"resnet8@gtsrb={weights}", "--loader", loader, "--side", "16",
-                     "--epochs", "1", "--device", "cpu", "--out", str(out), "--quiet",
-                     "prompt.rings=[20, 24]", "synthesis.steps=2", "synthesis.batch=4",
-                     "synthesis.width=4", "synthesis.head_width=8", "synthesis.pad=1",
-                     "storing.steps=2", "storing.batch=4", "storing.batch_real=4"]  # fmt: skip
-        done = run.invoke(app, arguments)
-        assert done.exit_code == 0, done.output
-        again = run.invoke(app, ["evaluate", str(out), "--loader", loader, "--json"])
+        again = run.invoke(app, ["evaluate", str(root / "run"), "--loader", loader, "--json"])
         assert again.exit_code == 0, again.output
     wrong = run.invoke(app, ["pretrain", "--data", "gtsrb", "--loader", "dahli"])
     assert wrong.exit_code == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from kiop_fast.config import BATCHNORM_POLICIES, LoadingConfig, PromptConfig
 from kiop_fast.config_io import from_dict
-from kiop_fast.data import FileSplit, Loader, dataset, known, open_loader
+from kiop_fast.data import FileSplit, Loader, data_folder, dataset, known, open_loader
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
 from kiop_fast.errors import DataError
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
@@ -24,7 +25,8 @@ Classifier = Callable[[Tensor], Tensor]
 
 
 @lru_cache(maxsize=16)
-def _read(data: Dataset, side: int) -> Split | FileSplit:
+def _read(data: Dataset, side: int, folder: Path) -> Split | FileSplit:
+    """``folder`` is where downloaded datasets lie now: another one, other images."""
     return data.test(side)
 
 
@@ -39,7 +41,7 @@ def read_test(info: DatasetInfo, side: int) -> Split | FileSplit:
     Raises:
         DataError: no dataset of that name.
     """
-    return _read(dataset(info.name), side)
+    return _read(dataset(info.name), side, data_folder())
 
 
 def require_test_data(info: DatasetInfo, side: int) -> None:
