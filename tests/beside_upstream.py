@@ -1,9 +1,11 @@
 """Run one of the authors' scripts, untouched, on a machine without CUDA; a program of its own.
 
     python beside_upstream.py CHECKOUT SCRIPT.py plain|patched DRAWS.pt RESULT.json -- FLAGS
+    python beside_upstream.py CHECKOUT command DRAWS.pt RESULT.json -- FLAGS
     python beside_upstream.py CHECKOUT evaluate CHECKPOINT.pth RESULT.json
 
-The second loads a .pth into the script's own model and asks the script's own evaluators.
+The second runs ``kiop-fast upstream KiOP_BF`` on the draws of a plain run; the third loads a .pth
+into the script's own model and asks the script's own evaluators.
 
 Adapted from outside only: ``termcolor`` and ``lmdb``, where they are missing, are empty modules;
 torchvision's constructors are asked for no ImageNet weights (the scripts overwrite them; the same
@@ -170,9 +172,6 @@ class Feeder:
         return self.seen[id(synthesizer)]
 
     def draw(self, synthesizer: Any, targets: Any) -> Any:
-        from kiop_fast.runtime.draws import ViewDraws
-        from kiop_fast.synthesize import SynthesisDraws
-
         place = self.place(synthesizer)
         number = self.calls.get(place, 0)
         self.calls[place] = number + 1
@@ -182,14 +181,7 @@ class Feeder:
             with torch.no_grad():
                 for ours, theirs in zip(synthesizer.head.parameters(), mine["head"], strict=True):
                     ours.copy_(theirs)
-        from kiop_fast.synthesize import Generator
-
-        with torch.device("meta"):
-            config = synthesizer._period.config
-            names = Generator(config.latent, config.width, synthesizer.img_size[1], 3)
-        weights = dict(zip((n for n, _ in names.named_parameters()), call["weights"], strict=True))
-        seen = ViewDraws(*(torch.stack(call[k]) for k in ("crop", "crop_flip", "box", "box_flip")))
-        return SynthesisDraws(weights, call["z"], call["targets"], seen, None)
+        return drawn_call(call, synthesizer._period.config, synthesizer.img_size[1])
 
     def order(self, synthesizer: Any, count: int) -> Any:
         place = self.place(synthesizer)
@@ -199,6 +191,72 @@ class Feeder:
         told = self.recorded[place]["calls"][number]["order"][turn * count : (turn + 1) * count]
         rest = [i for i in range(count) if i not in set(told)]
         return torch.tensor(told + rest)
+
+
+def drawn_call(call: dict[str, Any], config: Any, side: int) -> Any:
+    """The recorded draws of one call as ours."""
+    from kiop_fast.runtime.draws import ViewDraws
+    from kiop_fast.synthesize import Generator, SynthesisDraws
+
+    with torch.device("meta"):
+        like = Generator(config.latent, config.width, side, 3)
+    names = [name for name, _ in like.named_parameters()]
+    weights = dict(zip(names, call["weights"], strict=True))
+    seen = ViewDraws(*(torch.stack(call[k]) for k in ("crop", "crop_flip", "box", "box_flip")))
+    return SynthesisDraws(weights, call["z"], call["targets"], seen, None)
+
+
+def command(draws: str, result: str, flags: list[str]) -> None:
+    """Our command on a plain run's draws: B's synthesizer was made first, then A's."""
+    import kiop_fast.run as run_module
+    from kiop_fast.dropin.command import Job, run_upstream
+    from kiop_fast.store import StoringDraws
+
+    if os.environ.get("BESIDE_DOUBLE"):
+        torch.set_default_dtype(torch.float64)
+    recorded = torch.load(draws, weights_only=True)
+    totals: list[list[list[float]]] = [[], []]
+    steps: list[float] = []
+    places: dict[str, int] = {}
+
+    def draw_synthesis(config: Any, source: Any, side: int, **named: Any) -> Any:
+        return drawn_call(recorded[places[named["task"]]]["calls"][named["epoch"]], config, side)
+
+    def draw_storing(config: Any, info: Any, population: int, batch: int, **named: Any) -> Any:
+        order = recorded[places[named["task"]]]["calls"][named["epoch"]]["order"]
+        index = torch.tensor(order[: config.steps * batch]).view(config.steps, batch)
+        return StoringDraws(index, 0, None, None)
+
+    prepare, on_epoch = Job.prepare, Job.on_epoch
+
+    def fed(self: Any, run: Any) -> None:
+        prepare(self, run)
+        for task in run.tasks:
+            place = places[task.name] = int(task.source is run.sources.target)
+            with torch.no_grad():
+                heads = zip(
+                    task.synthesizer.head.parameters(), recorded[place]["head"], strict=True
+                )
+                for ours, theirs in heads:
+                    ours.copy_(theirs)
+            real = task.synthesizer.synthesize
+
+            def synthesize(*given: Any, real: Any = real, place: int = place, **named: Any) -> Any:
+                found = real(*given, **named)
+                totals[place].append(found.losses[:, -1].tolist())
+                return found
+
+            task.synthesizer.synthesize = synthesize
+
+    def noted(self: Any, run: Any, metrics: Any, timings: Any) -> None:
+        for a, b in run.log[:, :2].tolist():  # the script asks B's term first
+            steps.extend([b, a])
+        on_epoch(self, run, metrics, timings)
+
+    run_module.draw_synthesis, run_module.draw_storing = draw_synthesis, draw_storing
+    Job.prepare, Job.on_epoch = fed, noted
+    run_upstream("KiOP_BF", flags)
+    Path(result).write_text(json.dumps({"totals": totals, "kl": steps}))
 
 
 def evaluate(checkout: str, pth: str, result: str) -> None:
@@ -242,6 +300,10 @@ def evaluate(checkout: str, pth: str, result: str) -> None:
 def main() -> None:
     if sys.argv[2] == "evaluate":
         evaluate(sys.argv[1], *sys.argv[3:])
+        return
+    if sys.argv[2] == "command":
+        torch.set_num_threads(1)
+        command(*sys.argv[3:5], sys.argv[6:])
         return
     checkout, script, mode, draws, result, _, *flags = sys.argv[1:]
     adapt(Path(checkout).resolve())

@@ -26,8 +26,12 @@ def measure(
         source: whose data and normaliser it is.
     """
     parts: list[Tensor] = []
+    # The scripts resize grey data as floating point and never round it to bytes again.
+    native = source.info.side if source.info.channels == 1 else side
 
     def classify(images: Tensor) -> Tensor:
+        if native != side:
+            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         if source.info.channels == 1:
             images = images.mean(dim=1, keepdim=True)
         parts.append(seen(source.normalise(images)).float().cpu())
@@ -35,8 +39,8 @@ def measure(
 
     # Decoded and resized by torch, which follows PIL, as the scripts' transforms do.
     loading = LoadingConfig(loader="torch")
-    task_accuracy(classify, source.info, side, batch, device, loading)
-    logits, labels = torch.cat(parts), read_test(source.info, side).labels.cpu()
+    task_accuracy(classify, source.info, native, batch, device, loading)
+    logits, labels = torch.cat(parts), read_test(source.info, native).labels.cpu()
     best = logits.topk(min(5, logits.shape[1])).indices
     hits = best == labels[:, None]
     return {
