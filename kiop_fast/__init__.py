@@ -12,13 +12,11 @@ if TYPE_CHECKING:
     from kiop_fast.deliver.evaluate import evaluate as evaluate
     from kiop_fast.deliver.predict import predict as predict
     from kiop_fast.dropin.patching import accelerate_upstream as accelerate_upstream
-    from kiop_fast.dropin.patching import accelerated_calls as accelerated_calls
     from kiop_fast.errors import KiopError as KiopError
     from kiop_fast.library import Callback as Callback
     from kiop_fast.library import KiOP as KiOP
     from kiop_fast.pipeline import train as train
     from kiop_fast.presets import preset as preset
-    from kiop_fast.prompt.artefact import Artefact as Artefact
     from kiop_fast.prompt.artefact import load_prompt as load_prompt
     from kiop_fast.prompt.artefact import save_prompt as save_prompt
     from kiop_fast.source import freeze as freeze
@@ -26,14 +24,12 @@ if TYPE_CHECKING:
 
 # Public names and where they live; imported on first use, so that the package itself is light.
 _PUBLIC = {
-    "Artefact": "kiop_fast.prompt.artefact",
     "Callback": "kiop_fast.library",
     "KiOP": "kiop_fast.library",
     "KiopError": "kiop_fast.errors",
     "RunConfig": "kiop_fast.config",
     "Sources": "kiop_fast.sources",
     "accelerate_upstream": "kiop_fast.dropin.patching",
-    "accelerated_calls": "kiop_fast.dropin.patching",
     "evaluate": "kiop_fast.deliver.evaluate",
     "freeze": "kiop_fast.source",
     "load_prompt": "kiop_fast.prompt.artefact",

@@ -24,7 +24,10 @@ def largest_tensors(count: int = 5) -> list[str]:
     stores: dict[int, Tensor] = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor) and thing.layout == torch.strided and not thing.is_meta:
-            place = thing.untyped_storage().data_ptr()
+            try:
+                place = thing.untyped_storage().data_ptr()
+            except RuntimeError:  # a traced tensor, which holds nothing
+                continue
             if place not in stores or thing.nbytes > stores[place].nbytes:
                 stores[place] = thing
     top = sorted(stores.values(), key=lambda tensor: -tensor.nbytes)[:count]
