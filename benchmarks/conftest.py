@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=Path, help="append every row to this JSON-lines file")
     group.addoption("--record", action="store_true",
                     help="append every row to benchmarks/results/MACHINE-DATE.jsonl")  # fmt: skip
-    group.addoption("--sweep", action="store_true", help="the scaling sweep at all its points")
+    group.addoption("--sweep", action="store_true", help="time and memory as sizes grow")
     group.addoption("--whole-demo", action="store_true",
                     help="both engines run the whole demo: time to accuracy")  # fmt: skip
 

@@ -20,13 +20,18 @@ KEEP = 0.7
 
 
 def ratios(records: list[Record]) -> dict[str, float]:
-    """reference / fast by stage and precision of the fast row, from the fastest call of each."""
+    """reference / fast by stage and precision of the fast row, from the fastest call of each.
+
+    bf16 is left out: what it brings depends on the processor more than on the code.
+    """
     rows = [record for record in records if record["kind"] == "row"]
     slow = {(r["scale"], r["stage"]): r for r in rows if r["engine"] == "reference"}
     found = {}
     for row in rows:
         base = slow.get((row["scale"], row["stage"]))
-        if row["engine"] == "fast" and base is not None and base["digest"] == row["digest"]:
+        if row["engine"] != "fast" or row["precision"] == "bf16" or base is None:
+            continue
+        if base["digest"] == row["digest"]:
             name = f"{row['scale']}: {row['stage']} ({row['precision']})"
             found[name] = base["min"] / row["min"]
     return found

@@ -79,6 +79,8 @@ def _cell(row: Compared | None) -> str:
         return "–"
     low, high = row.quartiles or (row.seconds, row.seconds)
     ratio = "" if row.ratio is None or row.engine == "reference" else f" **{row.ratio:.2f}×**"
+    if row.bound is not None and row.engine != "reference":
+        ratio += f" (FLOP {row.bound:.2f}×)"
     text = f"{seconds_text(row.seconds)} ({seconds_text(low)} … {seconds_text(high)}){ratio}"
     if row.accuracy:
         text += "; " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in row.accuracy.items())
@@ -249,7 +251,8 @@ HEADER = """# Performance
 Written by `python benchmarks/report.py` from `benchmarks/results/`; do not edit.  Every time
 stands beside a result that was checked against the reference first; rows of one stage share the
 digest of their problem.  Medians with quartiles of a step, batch or call; **bold**: times as fast
-as `reference`, which has the structure and the cost of the authors' code.  `upstream` is that code
+as `reference`, which has the structure and the cost of the authors' code, beside the ratio of
+counted FLOP where both were counted.  `upstream` is that code
 itself, unmodified; `tuned` the reference with its banks on the device (and TF32 on a GPU);
 `compile` the restructured step under `torch.compile(mode="reduce-overhead")`.  Measure again with
 `kiop-fast bench --record`.  A GPU that is not named below has not been measured yet.

@@ -28,9 +28,9 @@ def demo(engine: str, changes: dict[str, Any], measure: Measure) -> tuple[RunCon
 
 
 def first_losses(engine: str, measure: Measure, folder: Path) -> dict[str, float]:
-    """Losses of a demo of two steps a period."""
-    short = {"epochs": 1, "evaluation": {"every": 0}, "synthesis": {"steps": 2, "batch": 64},
-             "storing": {"steps": 2}}  # fmt: skip
+    """Losses of a demo of one step a period: later steps amplify rounding (gates.STEPS)."""
+    short = {"epochs": 1, "evaluation": {"every": 0}, "synthesis": {"steps": 1, "batch": 64},
+             "storing": {"steps": 1}}  # fmt: skip
     config, sources = demo(engine, short, measure)
     losses: dict[str, float] = train(config, folder, sources=sources).metrics[0]["loss"]
     return losses
@@ -50,9 +50,7 @@ def test_demo(
     found = first_losses(engine, measure, tmp_path / "first")
     for name, value in expected.items():
         size = max(abs(value), 1e-3)
-        assert abs(found[name] - value) <= 2 * ENGINES["fp32"] * size, (
-            f"{name}: {found[name]}, {value}"
-        )
+        assert abs(found[name] - value) <= ENGINES["fp32"] * size, f"{name}: {found[name]}, {value}"
     config, sources = demo(engine, sizes.demo if length == "shortened" else {}, measure)
     runs: list[Any] = []
 

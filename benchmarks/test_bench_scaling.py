@@ -1,6 +1,6 @@
 """Time and memory as one size grows: batch, canvas, negatives, providers.
 
-A few points by default; ``--sweep`` takes all of the scale's.
+Runs with ``--sweep``.
 """
 
 from __future__ import annotations
@@ -43,14 +43,6 @@ def problem_at(sizes: Scale, axis: str, point: int) -> Problem:
     return replace(base.with_(cached=0, prompt={"rings": rings}), classes=classes)
 
 
-def chosen(sizes: Scale, axis: str, point: int, *, sweep: bool) -> bool:
-    """Whether a point belongs to the run: all of the scale's, or the two ends of each axis."""
-    points = sizes.points[axis]
-    return point in (points if sweep else (points[0], points[-1])) and (
-        sweep or sizes.name == "small"
-    )
-
-
 @pytest.mark.parametrize("engine", SWEEPERS)
 @pytest.mark.parametrize(
     ("axis", "point"), [(axis, point) for axis, points in POINTS.items() for point in points]
@@ -61,8 +53,10 @@ def test_scaling(
 ) -> None:  # fmt: skip
     if engine not in request.config.getoption("engines").split(","):
         pytest.skip("not among --engines")
-    if not chosen(sizes, axis, point, sweep=request.config.getoption("sweep")):
-        pytest.skip("not a point of this run")
+    if not request.config.getoption("sweep"):
+        pytest.skip("only with --sweep")
+    if point not in sizes.points[axis]:
+        pytest.skip(f"not at scale {sizes.name}")
     problem, device = problem_at(sizes, axis, point), measure.session.device
     stage = f"{axis} {point}"
     where = {"axis": axis, "point": point}

@@ -10,7 +10,7 @@ import gates
 import pytest
 from measure import Measure
 from sizes import Problem, Scale
-from test_bench_steps import CACHED
+from test_bench_steps import CACHED, skip_unless_at
 from upstream import Unavailable, Upstream, load
 
 NOT_GIVEN = "no checkout of the authors' code was named: --upstream PATH"
@@ -46,8 +46,7 @@ def test_synthesis_step(
     task: str, cached: int, precision: str, sizes: Scale, measure: Measure, tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
-    if cached not in sizes.cached:
-        pytest.skip(f"not at scale {sizes.name}")
+    skip_unless_at(sizes, task, cached)
     problem = sizes.problem.with_(cached=cached, bank=1)
     stage = f"synthesis step for {task}, {cached} negatives"
     authors = opened(problem, stage, measure, tmp_path, request)

@@ -35,6 +35,8 @@ class Compared:
         engine: who did it, with its precision where one engine has several.
         seconds: median of a step, batch or call, with its quartiles.
         ratio: the reference's median over this one; None where there is no reference.
+        bound: the reference's floating-point operations over this one's, where both were counted:
+            what the ratio would be if nothing but products took time.
         digest: of the problem, the same for a whole stage.
         accuracy: by task, where it applies.
         unavailable: why there is no time; empty where there is one.
@@ -46,6 +48,7 @@ class Compared:
     seconds: float | None = None
     quartiles: tuple[float, float] | None = None
     ratio: float | None = None
+    bound: float | None = None
     digest: str = ""
     accuracy: dict[str, float] | None = None
     unavailable: str = ""
@@ -139,6 +142,9 @@ def compared(records: Iterable[Record]) -> list[Compared]:
             row["group"], stage, f"{engine} {precision}" if several else engine, row["median"],
             (row["q1"], row["q3"]),
             base["median"] / row["median"] if comparable and base else None,
+            row["reference_flop"] / row["flop"]
+            if row.get("reference_flop") and row.get("flop")
+            else None,
             row["digest"], accuracies.get((stage, engine)),
         ))  # fmt: skip
     for (stage, engine), reason in missing.items():
@@ -173,6 +179,7 @@ def bench_table(rows: Iterable[Compared]) -> Table:
             continue
         spread = " … ".join(map(seconds_text, row.quartiles or ()))
         ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
+        ratio += "" if row.bound is None else f" (FLOP {row.bound:.2f})"
         found = ", ".join(f"{task} {percent(v)}" for task, v in (row.accuracy or {}).items())
         table.add_row(stage, row.engine, f"[bold]{seconds_text(row.seconds)}[/]", spread, ratio,
                       found)  # fmt: skip
