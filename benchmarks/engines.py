@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import baselines
+import compiled
 import torch
 
 from kiop_fast.engine import Engine, engine
@@ -34,7 +35,7 @@ def make(name: str) -> Engine:
     """A new engine of that name."""
     if name in ("reference", "fast"):
         return engine(name)
-    return baselines.tuned() if name == "tuned" else baselines.compile_()
+    return baselines.tuned() if name == "tuned" else compiled.compile_()
 
 
 @contextmanager

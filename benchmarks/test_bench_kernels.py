@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import twins
+from compiled import twins
 from measure import Measure
 from operations import LARGE, OPERATIONS, Operation
 from oracle import assert_as_good_as_eager, at_dtype, draw, results
