@@ -240,6 +240,7 @@ def test_dropout_that_stays_on_rules_graphs_out() -> None:
     assert engine("reference").execution(RunConfig(engine="reference"), CPU) == {}
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_a_replayed_step_gives_what_calling_it_gives() -> None:
     left = []
@@ -254,6 +255,7 @@ def test_a_replayed_step_gives_what_calling_it_gives() -> None:
         torch.testing.assert_close(replayed, called, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_captures_grow_with_the_banks_buckets_not_with_epochs() -> None:
     made, storing, _, synthesize, store = parts(CUDA)
@@ -265,6 +267,7 @@ def test_captures_grow_with_the_banks_buckets_not_with_epochs() -> None:
     assert storing.captures == 1
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_a_step_that_waits_cannot_be_captured() -> None:
     number = torch.zeros((), device=CUDA)
