@@ -2,10 +2,11 @@
 
     python beside_upstream.py CHECKOUT SCRIPT.py plain|patched DRAWS.pt RESULT.json -- FLAGS
     python beside_upstream.py CHECKOUT command DRAWS.pt RESULT.json -- FLAGS
-    python beside_upstream.py CHECKOUT evaluate CHECKPOINT.pth RESULT.json
+    python beside_upstream.py CHECKOUT evaluate CHECKPOINT.pth RESULT.json [TIMES]
 
 The second runs ``kiop-fast upstream KiOP_BF`` on the draws of a plain run; the third loads a .pth
-into the script's own model and asks the script's own evaluators.
+into the script's own model and asks the script's own evaluators, TIMES times with torch seeds 0,
+1, … (a VGG's dropout stays on there) and once more with dropout taken out.
 
 Adapted from outside only: ``termcolor`` and ``lmdb``, where they are missing, are empty modules;
 torchvision's constructors are asked for no ImageNet weights (the scripts overwrite them; the same
@@ -259,8 +260,8 @@ def command(draws: str, result: str, flags: list[str]) -> None:
     Path(result).write_text(json.dumps({"totals": totals, "kl": steps}))
 
 
-def evaluate(checkout: str, pth: str, result: str) -> None:
-    """Accuracies of a .pth in KiOP_BF's model and evaluators: B's task, then A's."""
+def evaluate(checkout: str, pth: str, result: str, times: str = "1") -> None:
+    """Accuracies of a .pth in KiOP_BF's model and evaluators: B's task and A's, a row a seed."""
     from functools import partial
 
     import numpy as np
@@ -269,16 +270,14 @@ def evaluate(checkout: str, pth: str, result: str) -> None:
     import datafree
     import KiOP_BF
     import registry
-    from torchvision.models import resnet18
     from visual_prompt import ExpansiveVisualPrompt
 
+    torch.set_num_threads(1)
     saved = torch.load(pth)  # torch's default: nothing is unpickled but plain values
     state, own = saved["state_dict"], saved["kiop_fast"]
     inner, outer = (state[f"{m}.program"].shape[-1] for m in ("modelA", "modelD"))
-    model = resnet18()
-    model.fc = torch.nn.Linear(model.fc.in_features, len(state["modelB.fc.bias"]))
     student = KiOP_BF.model_Fusion(
-        ExpansiveVisualPrompt(inner, mask=np.zeros((32, 32))), model,
+        ExpansiveVisualPrompt(inner, mask=np.zeros((32, 32))), backbone_of(state),
         partial(KiOP_BF.label_mapping_base, mapping_sequence=own["mappings"][0]),
         ExpansiveVisualPrompt(outer, mask=np.zeros((inner, inner))),
     )  # fmt: skip
@@ -288,13 +287,37 @@ def evaluate(checkout: str, pth: str, result: str) -> None:
     for name in (own["datasets"][1], own["datasets"][0]):
         data = registry.get_dataset(name, data_root="data")[2]
         found.append(torch.utils.data.DataLoader(data, batch_size=16, shuffle=False))
-    b = datafree.evaluators.classification_evaluator(found[0])(student, device="cpu")
-    a = datafree.evaluators.classification_prompt_evaluator_v2(found[1])(
-        student.modelA, student.modelB, device="cpu"
-    )
-    Path(result).write_text(
-        json.dumps({n: [*e["Acc"], float(e["Loss"])] for n, e in (("B", b), ("A", a))})
-    )
+
+    def both(seed: int) -> dict[str, list[float]]:
+        torch.manual_seed(seed)
+        b = datafree.evaluators.classification_evaluator(found[0])(student, device="cpu")
+        a = datafree.evaluators.classification_prompt_evaluator_v2(found[1])(
+            student.modelA, student.modelB, device="cpu"
+        )
+        return {n: [*e["Acc"], float(e["Loss"])] for n, e in (("B", b), ("A", a))}
+
+    rows = [both(seed) for seed in range(int(times))]
+    drops = [m for m in student.modelB.modules() if isinstance(m, torch.nn.Dropout)]
+    for layer in drops:
+        layer.p = 0.0
+    Path(result).write_text(json.dumps({
+        "rows": rows, "still": both(0) if drops else rows[0],
+        "mappings": [mapping.tolist() for mapping in own["mappings"]],
+    }))  # fmt: skip
+
+
+def backbone_of(state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The torchvision model whose weights are ``modelB.*``, classifier replaced as they do it."""
+    from torchvision import models
+
+    if "modelB.fc.bias" in state:
+        model = models.resnet18()
+        model.fc = torch.nn.Linear(model.fc.in_features, len(state["modelB.fc.bias"]))
+        return model
+    model = models.vgg13_bn()
+    last = model.classifier[6]
+    model.classifier[6] = torch.nn.Linear(last.in_features, len(state["modelB.classifier.6.bias"]))
+    return model
 
 
 def main() -> None:

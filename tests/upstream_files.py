@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision import models
 
 SIGNS, DIGITS = 43, 10
@@ -79,6 +80,37 @@ def write_source(path: Path, backbone: str, classes: int, seed: int) -> nn.Modul
             model(torch.rand(16, 3, 32, 32) * 2 - 1)
     torch.save(model.state_dict(), path)
     return model
+
+
+def write_vgg_signs(path: Path, canvas: int, seed: int) -> None:
+    """A vgg13_bn with random layers whose last one is a ridge regression of GTSRB's stand-ins.
+
+    So its accuracy is far from chance without a training.  Images are fitted as A sees them
+    through a new prompt (32 pixels inside ``canvas``, 0.5 around), with dropout on.
+    """
+    torch.manual_seed(seed)
+    model = models.vgg13_bn(weights=None, num_classes=SIGNS).train()
+    pixels, labels = pictures(4 * SIGNS, SIGNS, 36, 3, 4)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    images = F.interpolate(images, (32, 32), mode="bilinear", antialias=True)
+    left = (canvas - 32 + 1) // 2
+    seen = F.pad(images, (left, canvas - 32 - left, left, canvas - 32 - left), value=0.5)
+    with torch.no_grad():
+        flat = [model.avgpool(model.features(part)).flatten(1) for part in seen.split(SIGNS)]
+        hidden = torch.cat([model.classifier[:6](torch.cat(flat)) for _ in range(4)])
+        _fit(model.classifier[6], hidden, torch.from_numpy(labels).repeat(4))
+    torch.save(model.state_dict(), path)
+
+
+def _fit(last: nn.Linear, hidden: Tensor, labels: Tensor, scale: float = 12.0) -> None:
+    """Ridge regression (N, in) → ``scale`` at the label, 0 elsewhere, into ``last``."""
+    wanted = scale * F.one_hot(labels, last.out_features).float()
+    middle = hidden.mean(dim=0)
+    centred = hidden - middle
+    gram = centred @ centred.T
+    ridge = 0.1 * gram.diagonal().mean() * torch.eye(len(gram))
+    last.weight.copy_(torch.linalg.solve(gram + ridge, wanted - wanted.mean(dim=0)).T @ centred)
+    last.bias.copy_(wanted.mean(dim=0) - last.weight @ middle)
 
 
 def working_folder(path: Path, train: int = 86, test: int = 86) -> Path:
