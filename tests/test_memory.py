@@ -9,13 +9,15 @@ from kiop_fast.errors import OutOfMemoryError
 from kiop_fast.runtime.memory import explained_memory, largest_tensors
 
 
-def test_the_largest_tensor_is_named_once() -> None:
-    large = torch.empty(100_000, 1001)  # memory that nobody touches is not taken
-    others = [torch.empty(100_000, columns) for columns in (501, 751)]
+def test_each_tensor_is_named_once_the_largest_first() -> None:
+    large, *others = (torch.zeros(1000, columns) for columns in (4001, 1001, 2003))
     views = [large[0], large.T, large[:10]]
-    first, *rest = largest_tensors(3)
-    assert first in ("(100000, 1001) float32, 400.4 MB", "(1001, 100000) float32, 400.4 MB")
-    assert rest == ["(100000, 751) float32, 300.4 MB", "(100000, 501) float32, 200.4 MB"]
+    named = largest_tensors(10_000)
+    sizes = [float(name.split()[-2]) for name in named]
+    assert sizes == sorted(sizes, reverse=True)
+    mine = [name for name in named if any(f"{n}" in name for n in (4001, 1001, 2003))]
+    assert mine[0] in ("(1000, 4001) float32, 16.0 MB", "(4001, 1000) float32, 16.0 MB")
+    assert mine[1:] == ["(1000, 2003) float32, 8.0 MB", "(1000, 1001) float32, 4.0 MB"]
     del views, others
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kiop_fast.errors import OutOfMemoryError
 
@@ -23,11 +23,8 @@ def largest_tensors(count: int = 5) -> list[str]:
     """The largest tensors alive, ``(4800, 4800) float32, 92.2 MB``, each storage once."""
     stores: dict[int, Tensor] = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.layout == torch.strided and not thing.is_meta:
-            try:
-                place = thing.untyped_storage().data_ptr()
-            except RuntimeError:  # a traced tensor, which holds nothing
-                continue
+        if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided:
+            place = thing.untyped_storage().data_ptr()
             if place not in stores or thing.nbytes > stores[place].nbytes:
                 stores[place] = thing
     top = sorted(stores.values(), key=lambda tensor: -tensor.nbytes)[:count]
