@@ -13,6 +13,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +44,39 @@ def all_kernels() -> set[str]:
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
+@pytest.fixture(scope="module")
+def compilers(pytestconfig: pytest.Config) -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """A process a capability, all at once: compiling keeps one core busy."""
+    cache = getattr(pytestconfig, "cache", None)  # absent under -p no:cacheprovider
+    running = {}
+    for capability in SHARED_MEMORY:
+        kept = cache and ["--kept", str(cache.mkdir("ahead_of_time") / f"sm_{capability}.json")]
+        reduced = capability != 90 and os.environ.get("KERNELS_AHEAD_OF_TIME") != "all"
+        running[capability] = subprocess.Popen(
+            [
+                *(sys.executable, str(HERE / "ahead_of_time.py"), str(capability)),
+                *(kept or []),
+                *(["--first"] if reduced else []),
+            ],
+            cwd=HERE.parents[1],
+            env=os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    yield running
+    for process in running.values():
+        process.kill()
+
+
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_every_kernel_compiles_without_spills(
-    capability: int, pytestconfig: pytest.Config, record_property: Any
+    capability: int, compilers: dict[int, subprocess.Popen[str]], record_property: Any
 ) -> None:
-    cache = getattr(pytestconfig, "cache", None)  # absent under -p no:cacheprovider
-    kept = cache and ["--kept", str(cache.mkdir("ahead_of_time") / f"sm_{capability}.json")]
-    reduced = capability != 90 and os.environ.get("KERNELS_AHEAD_OF_TIME") != "all"
-    run = subprocess.run(
-        [
-            *(sys.executable, str(HERE / "ahead_of_time.py"), str(capability)),
-            *(kept or []),
-            *(["--first"] if reduced else []),
-        ],
-        cwd=HERE.parents[1],
-        env=os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    run = compilers[capability]
+    stdout, stderr = run.communicate()
+    assert run.returncode == 0, stderr[-4000:]
+    rows = [json.loads(line) for line in stdout.splitlines()]
     if "missing" in rows[0]:
         pytest.skip(rows[0]["missing"])
     for row in rows:
