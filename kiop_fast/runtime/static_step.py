@@ -77,3 +77,25 @@ class StaticStep:
             ) from error
         self.captures += 1
         return graph
+
+
+def hold(held: dict[str, Tensor], device: torch.device, **tables: Tensor | None) -> None:
+    """Copy a period's tables to where a step reads them; where the shape stays, in place.
+
+    Args:
+        held: by name; changed.
+        tables: the new ones; None takes a table away.
+    """
+    for name, table in tables.items():
+        old = held.get(name)
+        if table is None:
+            held.pop(name, None)
+        elif old is not None and old.shape == table.shape:
+            old.copy_(table)
+        else:
+            held[name] = table.to(device, copy=True)
+
+
+def row_of(table: Tensor, at: Tensor) -> Tensor:
+    """Row ``at`` (0-d, on the table's device) of a table, without looking at ``at`` on the host."""
+    return table.index_select(0, at.view(1))[0]

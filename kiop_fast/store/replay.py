@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kiop_fast.kernels import bank_replay
+from kiop_fast.runtime.static_step import hold, row_of
 from kiop_fast.store.draws import StoringDraws, in_drawn_colours
 from kiop_fast.store.terms import Term
 
@@ -52,11 +53,14 @@ class Replay:
         """Put a period's tables where the step reads them."""
         self.rows, self._pad = drawn.index.shape[1], drawn.pad
         if self.term.feed is not None:
-            self._hold(colours=drawn.colours)
+            hold(self._tables, self.device, colours=drawn.colours)
             self.end()
             self._fed = self.term.feed.batches(drawn.index, drawn.crop, drawn.flip)
             return
-        self._hold(index=drawn.index, crop=drawn.crop, flip=drawn.flip, colours=drawn.colours)
+        hold(
+            self._tables, self.device, index=drawn.index, crop=drawn.crop, flip=drawn.flip,
+            colours=drawn.colours,
+        )  # fmt: skip
         bank = self.term.bank
         self._images = getattr(bank, "buffer", bank.images)
         plain = drawn.crop is None and drawn.flip is None and drawn.colours is None
@@ -65,16 +69,6 @@ class Replay:
             self._look(len(bank.images), constant)
         else:
             self._logits, self._known = None, 0
-
-    def _hold(self, **tables: Tensor | None) -> None:
-        for name, table in tables.items():
-            held = self._tables.get(name)
-            if table is None:
-                self._tables.pop(name, None)
-            elif held is not None and held.shape == table.shape:
-                held.copy_(table)
-            else:
-                self._tables[name] = table.to(self.device, copy=True)
 
     @torch.no_grad()
     def _look(self, stored: int, constant: Callable[[Tensor], Tensor]) -> None:
@@ -105,7 +99,7 @@ class Replay:
 
     def batch(self, at: Tensor) -> tuple[Tensor, ...]:
         """Step ``at``: images (N, 3, s, s), normalised; then the frozen logits if known."""
-        row = {name: table.index_select(0, at.view(1))[0] for name, table in self._tables.items()}
+        row = {name: row_of(table, at) for name, table in self._tables.items()}
         if self.term.feed is not None:
             images = self._images
         else:

@@ -17,7 +17,7 @@ from kiop_fast.kernels import views
 from kiop_fast.runtime import optimizers
 from kiop_fast.runtime.execution import Execution
 from kiop_fast.runtime.profile import stage
-from kiop_fast.runtime.static_step import StaticStep
+from kiop_fast.runtime.static_step import StaticStep, hold, row_of
 from kiop_fast.source import BatchNormTaps, Source
 from kiop_fast.synthesize.banks import FeatureBank
 from kiop_fast.synthesize.generator import Generator, load_weights
@@ -118,9 +118,9 @@ class SynthesisStep:
         self.at.zero_()
         optimizers.restart(self.optimizer)
         seen = drawn.views
-        self._hold(
-            crop=seen.crop, crop_flip=seen.crop_flip, box=seen.box, box_flip=seen.box_flip,
-            negatives=drawn.negatives, mapping=mapping,
+        hold(
+            self._tables, self.device, crop=seen.crop, crop_flip=seen.crop_flip, box=seen.box,
+            box_flip=seen.box_flip, negatives=drawn.negatives, mapping=mapping,
         )  # fmt: skip
         graphs = self.execution.graphs and self.device.type == "cuda"
         call = _Call(student, self.features.window(padded=graphs), drawn.negatives is not None)
@@ -138,17 +138,6 @@ class SynthesisStep:
 
         return advance
 
-    def _hold(self, **tables: Tensor | None) -> None:
-        """Copy this call's tables to where the step reads them."""
-        for name, table in tables.items():
-            held = self._tables.get(name)
-            if table is None:
-                self._tables.pop(name, None)
-            elif held is not None and held.shape == table.shape:
-                held.copy_(table)
-            else:
-                self._tables[name] = table.to(self.device, copy=True)
-
     def _state(self) -> list[Tensor]:
         learned = [*self._learned, *self._head_learned]
         moments = [
@@ -159,8 +148,8 @@ class SynthesisStep:
         return [*learned, *moments, *buffers, *self.best.tensors(), self.at]
 
     def _row(self, name: str) -> Tensor:
-        """This step's row of a table; no look at ``at`` on the host."""
-        return self._tables[name].index_select(0, self.at.view(1))[0]
+        """This step's row of a table."""
+        return row_of(self._tables[name], self.at)
 
     def _move(self, call: _Call, last: bool = False) -> None:
         """Losses, best step so far, gradients, optimisers."""
