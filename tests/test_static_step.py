@@ -233,6 +233,27 @@ def test_precision_that_the_device_lacks() -> None:
         RunConfig(engine="reference", precision="bf16")
 
 
+@pytest.mark.parametrize("outside", ["highest", "high"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16x3", "bf16"])
+def test_products_are_tf32_where_asked_and_only_there(precision: str, outside: str) -> None:
+    """Also by the old names of torch's flags, which refuse to answer where old and new differ."""
+
+    def flags() -> tuple[str, bool, bool]:
+        products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), products.allow_tf32, convolutions.allow_tf32
+
+    before = flags()
+    torch.set_float32_matmul_precision(outside)
+    try:
+        around = flags()
+        with Execution(precision).products(CUDA):
+            tf32 = precision == "tf32"
+            assert flags() == ("high" if tf32 else "highest", tf32, tf32)
+        assert flags() == around
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+
+
 def test_dropout_that_stays_on_rules_graphs_out() -> None:
     assert engine("fast").execution(RunConfig(), CPU)["execution"].graphs
     upstream = RunConfig(prompt=PromptConfig(dropout=True))

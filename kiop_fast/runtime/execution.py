@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,25 +40,24 @@ class Execution:
             )
 
     @contextmanager
-    def active(self, device: torch.device) -> Iterator[None]:
-        """Inside, matrix products and convolutions run at this precision."""
-        if self.precision == "bf16":
-            # Graphs replay the casts; a cache would hand out tensors of an earlier step.
-            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-                yield
-            return
+    def products(self, device: torch.device) -> Iterator[None]:
+        """Inside, forward and backward, fp32 products and convolutions are TF32 or nothing less."""
         if device.type != "cuda":
             yield
             return
-        flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-        before = [flag.fp32_precision for flag in flags]
-        for flag in flags:
-            flag.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
+        before = _tf32()
+        _use_tf32(self.precision == "tf32", self.precision == "tf32")
         try:
             yield
         finally:
-            for flag, value in zip(flags, before, strict=True):
-                flag.fp32_precision = value
+            _use_tf32(*before)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Around a forward pass: its products and convolutions in bfloat16 if that is asked for."""
+        if self.precision != "bf16":
+            return nullcontext()
+        # Graphs replay the casts; a cache would hand out tensors of an earlier step.
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 PLAIN = Execution()
@@ -74,3 +73,19 @@ def precisions(device: torch.device) -> list[str]:
         return ["fp32", "bf16"]
     ampere = torch.cuda.get_device_capability(device) >= (8, 0)
     return ["fp32", "bf16x3", "tf32", "bf16"] if ampere else ["fp32"]
+
+
+def _tf32() -> tuple[bool, bool]:
+    """Whether products and convolutions are TF32 now; torch's new names always answer."""
+    cudnn: Any = torch.backends.cudnn
+    found = [flag.fp32_precision == "tf32" for flag in (torch.backends.cuda.matmul, cudnn.conv)]
+    return found[0], found[1]
+
+
+def _use_tf32(products: bool, convolutions: bool) -> None:
+    """By torch's old names, which set the new ones too.
+
+    Compiled code reads the old ones, and they refuse to answer where the two differ.
+    """
+    torch.set_float32_matmul_precision("high" if products else "highest")
+    torch.backends.cudnn.allow_tf32 = convolutions

@@ -62,8 +62,9 @@ class Storing:
             whose arg-max agrees.
         """
         self.at.zero_()
-        for replay in self._replays:
-            replay.begin(drawn[replay.term.name])
+        with self.execution.products(self.device), self.execution.autocast(self.device):
+            for replay in self._replays:
+                replay.begin(drawn[replay.term.name])
         held = tuple(replay.held for replay in self._replays)
         if held not in self._runs:
             self._runs[held] = StaticStep(
@@ -84,8 +85,12 @@ class Storing:
         return [*self._learned, *optimizers.state_tensors(self.optimizer), self.at]
 
     def _move(self) -> None:
+        with self.execution.products(self.device):
+            self._moved()
+
+    def _moved(self) -> None:
         results = []
-        with self.execution.active(self.device):
+        with self.execution.autocast(self.device):
             for replay in self._replays:
                 with stage("bank replay"):
                     batch = replay.batch(self.at)

@@ -153,7 +153,11 @@ class SynthesisStep:
 
     def _move(self, call: _Call, last: bool = False) -> None:
         """Losses, best step so far, gradients, optimisers."""
-        with self.execution.active(self.device):
+        with self.execution.products(self.device):
+            self._moved(call, last)
+
+    def _moved(self, call: _Call, last: bool) -> None:
+        with self.execution.autocast(self.device):
             with stage("generator"):
                 images = self._generate(self.z)
             terms, features = self._terms(images, call)
