@@ -79,7 +79,7 @@ def _forward_eager(
     shift, var = running_mean.to(acc), running_var.to(acc)
     centred = x.to(acc) - shift[:, None, None]
     offsets = centred.mean((2, 3))
-    squares = torch.linalg.vector_norm(centred[:rows], dim=(2, 3)).square()
+    squares = centred[:rows].square().sum((2, 3))  # vector_norm: 2 to 20 times as slow
     delta = offsets[:rows].mean(0)
     excess = squares.mean(0) / pixels - delta.square() - var
     from_mean, from_var = delta.norm(), excess.norm()
