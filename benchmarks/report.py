@@ -7,58 +7,16 @@ row of each kind by machine, and writes tables and pictures; ``--summary`` print
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from kiop_fast.bench import Compared, Record, compared, read_records, seconds_text
+from plots import plots
+from records import Machine, machines
+from to_accuracy import mean_curves, reached
+
+from kiop_fast.bench import Compared, seconds_text
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-SHOWN = ("upstream", "reference", "tuned", "compile", "fast")
-SPED_UP = ("synthesis step", "prompt step", "epoch", "data paths", "serving", "demo")
-COLOURS = dict(zip(SHOWN, ("#8c8c8c", "#4c72b0", "#55a868", "#dd8452", "#c44e52"), strict=True))
-
-
-@dataclass
-class Machine:
-    """Everything recorded at one scale on one machine.
-
-    Attributes:
-        run: facts of the latest run: device, versions, ceilings.
-    """
-
-    name: str
-    scale: str
-    run: Record
-    records: list[Record] = field(default_factory=list)
-
-    def rows(self) -> list[Compared]:
-        """Compared rows, stages in the order they were measured."""
-        return compared(self.records)
-
-    def latest(self) -> list[Record]:
-        """The raw latest row of each stage, engine and precision."""
-        found = {
-            (r["stage"], r["engine"], r["precision"]): r for r in self.records if r["kind"] == "row"
-        }
-        return list(found.values())
-
-
-def machines(files: Iterable[Path]) -> list[Machine]:
-    """Records by machine and scale, oldest first."""
-    found: dict[tuple[str, str], Machine] = {}
-    for file in sorted(files, key=lambda path: path.stem[-10:]):
-        here: Machine | None = None
-        for record in read_records(file):
-            if record["kind"] == "run":
-                key = record["device"], record["scale"]
-                here = found.setdefault(key, Machine(*key, record))
-                here.run = record
-            elif here is not None:
-                here.records.append(record)
-    return list(found.values())
 
 
 def table(rows: list[Compared], group: str) -> list[str]:
@@ -111,122 +69,29 @@ def section(machine: Machine, pictures: Path) -> list[str]:
     if missing:
         lines += ["Not available there:", ""]
         lines += [f"- {row.stage}, {row.engine}: {row.unavailable}" for row in missing] + [""]
+    lines += to_accuracy(machine)
     for title, path in plots(machine, rows, pictures):
         lines += [f"![{title}](images/performance/{path.name})", ""]
     return lines
 
 
-def plots(machine: Machine, rows: list[Compared], folder: Path) -> list[tuple[str, Path]]:
-    """The pictures that the machine's rows allow."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
+def to_accuracy(machine: Machine) -> list[str]:
+    """Time to the reference's final accuracy, where whole demos were recorded."""
+    curves = mean_curves(machine.records)
+    if "reference" not in curves:
         return []
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    for name, title, draw in (
-        ("speedup", "Speed-up over the reference by stage", _speedups),
-        ("roofline", "Roofline of the operations", _roofline),
-        ("scaling", "Time and memory against size", _scaling),
-        ("accuracy", "Time to accuracy", _accuracy),
-    ):
-        figure = pyplot.figure(figsize=(8, 4.5), layout="constrained")
-        if draw(figure, machine, rows):
-            figure.suptitle(f"{title} ({machine.name}, {machine.scale})", fontsize=10)
-            path = folder / f"{_slug(machine)}-{name}.png"
-            figure.savefig(path, dpi=110, metadata={"Software": ""})
-            made.append((title, path))
-        pyplot.close(figure)
-    return made
-
-
-def _speedups(figure: Any, machine: Machine, rows: list[Compared]) -> bool:
-    chosen = [row for row in rows if row.ratio and row.group in SPED_UP]
-    if not chosen:
-        return False
-    stages = list(dict.fromkeys(row.stage for row in chosen))
-    engines = [e for e in dict.fromkeys(row.engine for row in chosen) if e != "reference"]
-    axes = figure.subplots()
-    height = 0.8 / max(len(engines), 1)
-    for k, engine in enumerate(engines):
-        mine = {row.stage: row.ratio for row in chosen if row.engine == engine}
-        where = [stages.index(stage) + (k - len(engines) / 2 + 0.5) * height for stage in mine]
-        axes.barh(where, list(mine.values()), height, label=engine,
-                  color=COLOURS.get(engine.split(" ")[0]))  # fmt: skip
-    axes.set_yticks(range(len(stages)), stages, fontsize=7)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", lw=0.8)
-    if axes.get_xlim()[1] > 20:  # a GPU's ratios; bars that start at 0 are honest below that
-        axes.set_xscale("log")
-    axes.set_xlabel("times as fast as the reference")
-    axes.legend(fontsize=7)
-    return True
-
-
-def _roofline(figure: Any, machine: Machine, rows: list[Compared]) -> bool:
-    points = [r for r in machine.latest() if r["group"] == "kernels" and r.get("bytes")]
-    if not points:
-        return False
-    axes, ceilings = figure.subplots(), machine.run["ceilings"]
-    stages = list(dict.fromkeys(r["stage"] for r in points))
-    for engine in dict.fromkeys(r["engine"] for r in points):
-        mine = [r for r in points if r["engine"] == engine]
-        axes.scatter([stages.index(r["stage"]) for r in mine],
-                     [r["bytes_per_s"] / 1e9 for r in mine], s=18, label=engine)  # fmt: skip
-    axes.axhline(ceilings["bytes_per_s"] / 1e9, color="black", lw=0.8, label="large copy")
-    axes.set_xticks(range(len(stages)), stages, fontsize=6, rotation=60, ha="right")
-    axes.set_yscale("log")
-    axes.set_ylabel("GB/s of what has to be moved")
-    axes.legend(fontsize=7)
-    return True
-
-
-def _scaling(figure: Any, machine: Machine, rows: list[Compared]) -> bool:
-    points = [r for r in machine.latest() if r["group"] == "scaling"]
-    names = list(dict.fromkeys(r["axis"] for r in points))
-    if not names:
-        return False
-    grid = figure.subplots(2, len(names), squeeze=False)
-    for column, name in enumerate(names):
-        for engine in dict.fromkeys(r["engine"] for r in points):
-            mine = sorted((r for r in points if (r["axis"], r["engine"]) == (name, engine)),
-                          key=lambda r: r["point"])  # fmt: skip
-            size = [r["point"] for r in mine]
-            grid[0, column].plot(size, [r["median"] * 1e3 for r in mine], "o-", ms=3, label=engine)
-            memory = [(r["peak_memory"] or 0) / 2**20 for r in mine]
-            grid[1, column].plot(size, memory, "o-", ms=3)
-        grid[0, column].set_yscale("log")
-        grid[1, column].set_xlabel(name)
-    grid[0, 0].set_ylabel("ms a step")
-    grid[1, 0].set_ylabel("peak memory, MiB")
-    grid[0, 0].legend(fontsize=7)
-    return True
-
-
-def _accuracy(figure: Any, machine: Machine, rows: list[Compared]) -> bool:
-    curves = [r for r in machine.records if r["kind"] == "accuracy" and r["stage"] == "whole demo"]
-    if not curves:
-        return False
-    axes = figure.subplots()
-    for record in {r["engine"]: r for r in curves}.values():
-        for task in record["accuracy"]:
-            axes.plot([p["seconds"] for p in record["curve"]],
-                      [100 * p["accuracy"][task] for p in record["curve"]], "o-", ms=3,
-                      label=f"{record['engine']}, {task}")  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("accuracy on real test images, %")
-    axes.legend(fontsize=7)
-    return True
-
-
-def _slug(machine: Machine) -> str:
-    import re
-
-    return re.sub(r"[^a-z0-9]+", "-", f"{machine.name} {machine.scale}".lower()).strip("-")
+    goal = curves["reference"][-1].accuracy
+    lines = ["### time to accuracy", "",
+             f"Whole demo, mean of {curves['reference'][-1].seeds} seeds: final accuracies, "
+             "and seconds of training until the mean over the tasks is the reference's final one.",
+             "", "| | " + " | ".join(goal) + " | seconds to it | seconds in all |",
+             "|---" * (len(goal) + 3) + "|"]  # fmt: skip
+    for engine, curve in curves.items():
+        final = " | ".join(f"{100 * curve[-1].accuracy[task]:.1f} %" for task in goal)
+        at = reached(curve, goal)
+        lines.append(f"| {engine} | {final} | {'not reached' if at is None else f'{at:.0f}'} "
+                     f"| {curve[-1].seconds:.0f} |")  # fmt: skip
+    return [*lines, ""]
 
 
 def summary(found: list[Machine]) -> str:

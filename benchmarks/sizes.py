@@ -57,7 +57,6 @@ class Scale:
         seconds: timed at most, a kernel.
         data_bank: images of the data paths.
         info_nce_rows: queries and keys of that operation.
-        points: of the scaling sweep, by name.
         demo: settings of the shortened demo.
     """
 
@@ -68,7 +67,6 @@ class Scale:
     seconds: float
     data_bank: int
     info_nce_rows: int
-    points: dict[str, tuple[int, ...]]
     demo: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,8 +81,6 @@ def _small() -> Scale:
     return Scale(
         "small", problem, cached=(0, 256), rounds=3, seconds=0.2, data_bank=1024,
         info_nce_rows=320,
-        points={"batch": (16, 64), "canvas": (24, 48), "negatives": (0, 1024),
-                "providers": (1, 2)},
         demo={"epochs": 1, "synthesis": {"steps": 12, "batch": 64}, "storing": {"steps": 20}},
     )  # fmt: skip
 
@@ -95,10 +91,7 @@ def _paper(*, gpu: bool) -> Scale:
                        storing=storing, bank=4096)  # fmt: skip
     return Scale(
         "paper", problem, cached=(0, 256, 4096), rounds=3, seconds=0.3,
-        data_bank=4096, info_nce_rows=4160,
-        points={"batch": (16, 64, 128, 256, 512), "canvas": (64, 96, 128, 160, 224),
-                "negatives": (0, 256, 1024, 4096, 16384), "providers": (1, 2, 3, 4)},
-        demo={"epochs": 2},
+        data_bank=4096, info_nce_rows=4160, demo={"epochs": 2},
     )  # fmt: skip
 
 

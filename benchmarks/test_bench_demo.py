@@ -18,6 +18,8 @@ from kiop_fast.pipeline import train
 from kiop_fast.presets import preset
 from kiop_fast.sources import Sources, load_sources
 
+SEEDS = (0, 1, 2)  # of time to accuracy
+
 
 def demo(engine: str, changes: dict[str, Any], measure: Measure) -> tuple[RunConfig, Sources]:
     """The demo's settings and its models, trained once and cached."""
@@ -37,9 +39,11 @@ def first_losses(engine: str, measure: Measure, folder: Path) -> dict[str, float
 
 
 @pytest.mark.parametrize("engine", ["reference", "fast"])
-@pytest.mark.parametrize("length", ["shortened", "whole"])
+@pytest.mark.parametrize(
+    ("length", "seed"), [("shortened", 0), *(("whole", seed) for seed in SEEDS)]
+)
 def test_demo(
-    length: str, engine: str, sizes: Scale, measure: Measure, once: Callable[..., Any],
+    length: str, seed: int, engine: str, sizes: Scale, measure: Measure, once: Callable[..., Any],
     tmp_path: Path, request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     if engine not in request.config.getoption("engines").split(","):
@@ -51,14 +55,15 @@ def test_demo(
     for name, value in expected.items():
         size = max(abs(value), 1e-3)
         assert abs(found[name] - value) <= ENGINES["fp32"] * size, f"{name}: {found[name]}, {value}"
-    config, sources = demo(engine, sizes.demo if length == "shortened" else {}, measure)
+    changes = sizes.demo if length == "shortened" else {"seed": seed}
+    config, sources = demo(engine, changes, measure)
     runs: list[Any] = []
 
     def run() -> None:
         runs.append(train(config, tmp_path / f"run{len(runs)}", sources=sources))
 
     row = measure(
-        run, group="demo", stage=f"{length} demo", engine=engine, precision="fp32",
+        run, group="demo", stage=f"{length} demo, seed {seed}", engine=engine, precision="fp32",
         digest=override(config, {"engine": "reference"}).digest()[:12], rounds=1, warm=0,
         memory=False,
     )  # fmt: skip
@@ -70,6 +75,6 @@ def test_demo(
         if "accuracy" in m
     ]
     measure.session.write(
-        {"kind": "accuracy", "stage": row["stage"], "engine": engine, "accuracy": last.accuracy,
-         "curve": curve}
+        {"kind": "accuracy", "stage": row["stage"], "engine": engine, "length": length,
+         "seed": seed, "accuracy": last.accuracy, "curve": curve}
     )  # fmt: skip

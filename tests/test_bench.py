@@ -103,3 +103,32 @@ def test_benchmarks_run_only_when_asked_for() -> None:
     assert "tests/" not in asked
     assert "test_bench_steps" not in collected("benchmarks", "tests/test_bench.py")
     assert benchmarks_folder() == ROOT / "benchmarks"
+
+
+def test_report_tells_the_time_to_the_references_accuracy(tmp_path: Path) -> None:
+    """Means over two seeds: the reference ends at 60 %, which fast passes at its second look."""
+
+    def whole(engine: str, seed: int, *curve: tuple[float, float]) -> dict[str, Any]:
+        points = [{"seconds": t, "accuracy": {"letters": x, "digits": x - 0.2}} for t, x in curve]
+        return {"kind": "accuracy", "stage": f"whole demo, seed {seed}", "engine": engine,
+                "length": "whole", "seed": seed, "accuracy": points[-1]["accuracy"],
+                "curve": points}  # fmt: skip
+
+    run = {"kind": "run", "device": "Processor", "scale": "small", "threads": 1, "cores": 1,
+           "versions": {"torch": "2"}, "python": "3", "began": "today", "commit": "abc",
+           "ceilings": {"bytes_per_s": 1e9}}  # fmt: skip
+    records = [
+        run,
+        whole("reference", 0, (50, 0.4), (100, 0.5)), whole("reference", 1, (70, 0.4), (120, 0.7)),
+        whole("fast", 0, (10, 0.5), (20, 0.6)), whole("fast", 1, (14, 0.5), (24, 0.66)),
+    ]  # fmt: skip
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    rows.write_text("\n".join(map(json.dumps, records)))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(rows), "--out", str(page)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| reference | 60.0 % | 40.0 % | 110 | 110 |" in page.read_text()
+    assert "| fast | 63.0 % | 43.0 % | 22 | 22 |" in page.read_text()
+    assert list(tmp_path.glob("images/performance/*accuracy.png"))
