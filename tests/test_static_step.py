@@ -6,6 +6,7 @@ Shown on the CPU by watching every operation that the body dispatches; on a GPU 
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from stand_ins import tiny_source, wave
 from tolerances import ABSOLUTE, ENGINES
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kiop_fast.config import PromptConfig, RunConfig, StoringConfig, SynthesisConfig
@@ -274,6 +276,24 @@ def test_a_replayed_step_gives_what_calling_it_gives() -> None:
         ])  # fmt: skip
     for replayed, called in zip(*left, strict=True):
         torch.testing.assert_close(replayed, called, rtol=2e-3, atol=1e-4)
+
+
+def test_every_region_is_compiled_once_while_the_bank_grows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted by torch's own counting backend, which compiles nothing and so needs no time."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    made, _, _, synthesize, store = parts(CPU, execution=Execution(compile=True))
+    counted = []
+    for epoch in range(9):
+        synthesize(epoch)
+        store(epoch)
+        counted.append(counter.frame_count)
+    assert made.features.stored == 54
+    # Generator; head with gradients for inputs and weights, with none, with the weights' alone,
+    # which cached rows ask for: there are none before the second epoch.
+    assert counted == [3] + 8 * [4]
 
 
 @pytest.mark.gpu

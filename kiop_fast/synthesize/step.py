@@ -76,9 +76,11 @@ class SynthesisStep:
         like = next(generator.parameters())
         self.device = like.device
         self.mean, self.std = like.new_tensor(normaliser.mean), like.new_tensor(normaliser.std)
-        compiled = torch.compile if execution.compile else lambda region: region
-        self._generate: Any = compiled(generator)
-        self._embed: Any = compiled(head)
+        self._generate: Any = generator
+        self._embed: Any = head
+        if execution.compile:
+            self._generate = torch.compile(generator)
+            self._embed = torch.compile(head, dynamic=True)  # its rows grow with the bank
 
         images, steps, side = config.batch, config.steps, 4 * generator.seed_side
         self.z = like.new_zeros(images, config.latent).requires_grad_()
