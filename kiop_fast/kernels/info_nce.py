@@ -194,6 +194,8 @@ def info_nce(
             that row on are ignored, whatever they hold.  None: all keys.  It is read on the
             device, so a captured graph follows a growing bank.
 
+    Under autocast its products take factors of autocast's dtype, as any matrix product does.
+
     Returns:
         0-d loss, fp32 (fp64 for fp64 queries).
 
@@ -203,7 +205,10 @@ def info_nce(
     _check(queries, keys, temperature, weights, num_keys)
     if not _use_triton(queries, keys, weights):
         return info_nce_eager(queries, keys, temperature, weights, num_keys=num_keys)
-    need_direction = _needs(queries)
+    need_direction, device = _needs(queries), queries.device.type
+    if torch.is_autocast_enabled(device):  # as it casts a matrix product's factors
+        dtype = torch.get_autocast_dtype(device)
+        queries, keys = queries.to(dtype), keys.to(dtype)
     return _info_nce(queries, keys.detach(), weights, num_keys, temperature, need_direction)[0]
 
 

@@ -55,7 +55,8 @@ class Prompt(nn.Module):
         depth = len(self.rings) if depth is None else depth
         if not 1 <= depth <= len(self.rings):
             raise PromptError("no such depth", got=depth, expected=f"1 … {len(self.rings)} rings")
-        return prompt_pad(images, list(self.cells)[:depth], self.rings[:depth])
+        last = images.is_contiguous(memory_format=torch.channels_last)
+        return prompt_pad(images, list(self.cells)[:depth], self.rings[:depth], channels_last=last)
 
     def corner(self, depth: int) -> int:
         """First row and column of the image in the canvas of ``depth`` rings, pixels."""

@@ -62,6 +62,8 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         seed = self.project(z).view(len(z), -1, self.seed_side, self.seed_side)
+        if seed.is_cuda:  # what follows keeps the layout, and tensor cores want this one
+            seed = seed.contiguous(memory_format=torch.channels_last)
         images: Tensor = self.blocks(seed)
         return images
 
