@@ -22,14 +22,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
 ) -> None:
-    """Give back what :func:`optimizer_tensors` took."""
+    """Give back what :func:`optimizer_tensors` took; in place where the state is there already.
+
+    What is there keeps its address, which captured steps know, and the layout of its parameter,
+    which fused optimisers ask for.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(prefix + "."):
             index, name = key[len(prefix) + 1 :].split(".")
             state.setdefault(int(index), {})[name] = value
     whole = optimizer.state_dict()
-    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+    names = {place: set(buffers) for place, buffers in state.items()}
+    if names != {place: set(buffers) for place, buffers in whole["state"].items()}:
+        optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+        return
+    for place, buffers in state.items():
+        for name, value in buffers.items():
+            whole["state"][place][name].copy_(value)
 
 
 def module_tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
