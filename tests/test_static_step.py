@@ -6,6 +6,8 @@ Shown on the CPU by watching every operation that the body dispatches; on a GPU 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,15 @@ from kiop_fast.engine import engine
 from kiop_fast.errors import ConfigError, GraphError
 from kiop_fast.kernels import dispatch
 from kiop_fast.prompt import Prompt, PromptedModel
-from kiop_fast.runtime import optimizers
-from kiop_fast.runtime.execution import PLAIN, Execution
+from kiop_fast.runtime import draws, optimizers
+from kiop_fast.runtime.execution import AS_SET, PLAIN, Execution
 from kiop_fast.runtime.profile import Counter as Operations
 from kiop_fast.runtime.profile import StepProfiler, stage
 from kiop_fast.runtime.split_linear import split_linear
-from kiop_fast.runtime.static_step import StaticStep
-from kiop_fast.store import Storing, Term, core_loss, draw_storing, provider_loss
+from kiop_fast.runtime.state import load_optimizer, optimizer_tensors
+from kiop_fast.runtime.static_step import StaticStep, rehearse
+from kiop_fast.source.classifier import trainable_copy
+from kiop_fast.store import Storing, Term, core_loss, draw_storing, provider_loss, vanilla_loss
 from kiop_fast.synthesize import ImageBank, Synthesizer, draw_synthesis
 
 CPU = torch.device("cpu")
@@ -129,6 +133,88 @@ def test_on_the_cpu_a_static_step_is_its_body() -> None:
         step()
     assert count == 3
     assert step.captures == 0
+
+
+def test_every_rehearsal_starts_from_the_present_state() -> None:
+    """Three of them go through a table of one row: none may look beyond it."""
+    at, seen, contexts = torch.zeros((), dtype=torch.int64), [], []
+
+    @contextmanager
+    def last() -> Iterator[None]:
+        contexts.append(len(seen))
+        yield
+
+    def body() -> None:
+        seen.append(int(at))
+        at.add_(1)
+
+    with Operations() as counter:
+        rehearse(body, lambda: [at], 3, last)
+    assert seen == [0, 0, 0]
+    assert contexts == [2]
+    assert at == 0
+    # What is rehearsed is not counted; giving the state back is: it names both of two numbers.
+    assert counter.bytes["other"] <= 8 * (2 + 3 * 2 * 2)
+
+
+def test_a_rehearsed_period_is_the_same_period() -> None:
+    """Its steps are fewer than the rehearsals; what these change is given back, head and all."""
+    plain, rehearsed = parts(CPU, steps=2), parts(CPU, steps=2)
+    made, storing, prompt, *_ = rehearsed
+    drawn = draw_synthesis(
+        made.config, made._step.teacher, 8, seed=0, epoch=5, task="b", call=0, stored=0
+    )
+    prompt.requires_grad_(False)
+    made._step.begin(drawn, storing.terms[1].loss.learner, storing.terms[1].loss.mapping)
+    prompt.requires_grad_(True)
+    for run in made._step._runs.values():
+        rehearse(run.body, run.state, 3)
+    for replay in storing._replays:
+        info = replay.term.source.info
+        replay.begin(draw_storing(StoringConfig(steps=2, batch=5), info, 9, 5, seed=0, epoch=5,
+                                  task=replay.term.name))  # fmt: skip
+    rehearse(storing._move, storing._state, 3)
+    left = [
+        (synthesize(0).losses, store(0), *prompt.parameters())
+        for _, _, prompt, synthesize, store in (plain, rehearsed)
+    ]
+    for one, other in zip(*left, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_rehearsal_gives_back_what_a_learning_models_batchnorm_saw() -> None:
+    a, b = tiny_source("a", 7, 1), tiny_source("b", 5, 2)
+    student = trainable_copy(a, 5, draws.generator(0, 0, "student", "classifier")).train()
+    bank = ImageBank(3, 8, CPU)
+    bank.add((wave(9, 3, 8, 8).abs() * 255).to(torch.uint8), torch.zeros(9, dtype=torch.int64))
+    term = Term("b", 1.0, bank, b, False, vanilla_loss(student, b, 3.0))
+    storing = Storing([term], optimizers.sgd(student.parameters(), 0.5, 0.9, 1e-4), 1)
+    storing._replays[0].begin(
+        draw_storing(StoringConfig(steps=1, batch=5), b.info, 9, 5, seed=0, epoch=0, task="b")
+    )
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    storing._move()
+    after = {name: value.clone() for name, value in student.state_dict().items()}
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    storing.at.zero_()
+    rehearse(storing._move, storing._state, 3)
+    assert all(torch.equal(value, after[name]) for name, value in student.state_dict().items())
+
+
+def test_loaded_moments_lie_where_they_lay() -> None:
+    """Captured steps know the address, fused optimisers ask for the parameter's layout."""
+    weight = wave(4, 3, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    optimizer = optimizers.sgd([weight], 0.1, 0.9, 0.0)  # type: ignore[list-item]
+    moment = optimizer.state[weight]["momentum_buffer"]
+    place, saved = moment.data_ptr(), wave(4, 3, 2, 2, pace=0.3)
+    load_optimizer(optimizer, {"sgd.0.momentum_buffer": saved}, "sgd")
+    now = optimizer.state[weight]["momentum_buffer"]
+    assert now.data_ptr() == place
+    assert now.stride() == weight.stride()
+    assert torch.equal(optimizer_tensors(optimizer, "sgd")["sgd.0.momentum_buffer"], saved)
+    fresh = torch.optim.SGD([weight], 0.1, momentum=0.9)  # nothing is there yet
+    load_optimizer(fresh, {"sgd.0.momentum_buffer": saved}, "sgd")
+    assert torch.equal(fresh.state[weight]["momentum_buffer"], saved)
 
 
 def test_adam_and_sgd_are_torchs(double: None) -> None:
@@ -256,6 +342,33 @@ def test_products_are_tf32_where_asked_and_only_there(precision: str, outside: s
         torch.set_float32_matmul_precision(before[0])
 
 
+def test_steps_search_for_algorithms_and_leave_the_flags_as_they_were() -> None:
+    cudnn = torch.backends.cudnn
+    assert not cudnn.benchmark
+    with PLAIN.products(CUDA):
+        assert not cudnn.benchmark
+    with PLAIN.products(CUDA, search=True):
+        assert cudnn.benchmark
+    assert not cudnn.benchmark
+    cudnn.deterministic = True
+    try:
+        with PLAIN.products(CUDA, search=True):
+            assert not cudnn.benchmark
+    finally:
+        cudnn.deterministic = False
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_flags_as_set_stay_as_set(allowed: bool) -> None:
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
+    cudnn.allow_tf32 = allowed
+    try:
+        with Execution(AS_SET).products(CUDA, search=True):
+            assert cudnn.allow_tf32 == allowed
+    finally:
+        cudnn.allow_tf32 = before
+
+
 def test_dropout_that_stays_on_rules_graphs_out() -> None:
     assert engine("fast").execution(RunConfig(), CPU)["execution"].graphs
     upstream = RunConfig(prompt=PromptConfig(dropout=True))
@@ -303,8 +416,8 @@ def test_captures_grow_with_the_banks_buckets_not_with_epochs() -> None:
     for epoch in range(9):
         synthesize(epoch)
         store(epoch)
-    # Rows before a call: 0, 6, 12, …, 48: windows 0, 8, 16, 32, then 40 of 42 and 48 sampled.
-    assert made.captures == 5
+    # Rows before a call: 0, 6, 12, …, 48: windows 0, 8, 16, 32, 64, then 40 of 42 and 48 sampled.
+    assert made.captures == 6
     assert storing.captures == 1
 
 

@@ -11,6 +11,8 @@ import torch
 
 from kiop_fast.errors import ConfigError
 
+AS_SET = "as set"
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -19,7 +21,8 @@ class Execution:
     Attributes:
         precision: how convolutions and matrix products multiply; weights, sums, losses and
             optimisers are fp32 throughout.  ``fp32`` | ``bf16x3`` (the projection head in three
-            bfloat16 products) | ``tf32`` (10-bit mantissas, NVIDIA from sm_80) | ``bf16``.
+            bfloat16 products) | ``tf32`` (10-bit mantissas, NVIDIA from sm_80) | ``bf16``;
+            ``as set`` leaves torch's own flags as its user set them.
         graphs: on CUDA, capture each step once and replay it.
         compile: put generator and projection head through torch.compile.
     """
@@ -40,17 +43,28 @@ class Execution:
             )
 
     @contextmanager
-    def products(self, device: torch.device) -> Iterator[None]:
-        """Inside, forward and backward, fp32 products and convolutions are TF32 or nothing less."""
+    def products(self, device: torch.device, *, search: bool = False) -> Iterator[None]:
+        """Inside, forward and backward, fp32 products and convolutions are TF32 or nothing less.
+
+        Args:
+            search: cudnn times its algorithms for every new convolution and keeps the fastest: for
+                steps that are done over and over.  Not where torch was told to be deterministic.
+        """
         if device.type != "cuda":
             yield
             return
-        before = _tf32()
-        _use_tf32(self.precision == "tf32", self.precision == "tf32")
+        cudnn, before = torch.backends.cudnn, _tf32()
+        searched = cudnn.benchmark
+        deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+        cudnn.benchmark = searched or (search and not deterministic)
+        if self.precision != AS_SET:
+            _use_tf32(self.precision == "tf32", self.precision == "tf32")
         try:
             yield
         finally:
-            _use_tf32(*before)
+            cudnn.benchmark = searched
+            if self.precision != AS_SET:
+                _use_tf32(*before)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Around a forward pass: its products and convolutions in bfloat16 if that is asked for."""

@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kiop_fast.errors import GraphError
 
-_WARM_UP = 3  # steps before a capture: lazy initialisation, cudnn's choice of algorithms
+Body = Callable[[], None]
+State = Callable[[], Iterable[Tensor]]
+
+_REHEARSALS = 3  # before a capture: lazy initialisation, cudnn's choice of algorithms
+
+# Up to torch 2.11 a capture that failed leaves the allocator with a reference to its graph.
+_broken: list[torch.cuda.CUDAGraph] = []
+
+
+class Scratch:
+    """Stream and memory pool of one owner's captures.
+
+    Its graphs never run at the same time and leave nothing behind but their static tensors, so
+    they can lie on top of each other.
+
+    Args:
+        device: a GPU; nothing is made before the first capture.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Where a step is rehearsed and captured: autograd keeps nodes of no other stream."""
+        return torch.cuda.Stream(self.device)
+
+    @cached_property
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
 
 
 class StaticStep:
     """One step, run the way its device runs it best.
 
     The body reads and writes tensors whose storage never changes, draws nothing, never looks at a
-    number on the host.  On CUDA its first call warms it up on a side stream, gives back what that
-    changed, captures it once and from then on replays.
+    number on the host.  On CUDA its first call rehearses it on a side stream, captures it once and
+    from then on replays.
 
     Args:
         body: the step.
         state: every tensor that the step changes and that the next one depends on.
         device: of these tensors.
         graphs: capture on CUDA; elsewhere the body is simply called.
+        scratch: shared with the owner's other steps; by default its own.
 
     Attributes:
         captures: graphs made, 0 or 1.
@@ -33,15 +67,13 @@ class StaticStep:
     """
 
     def __init__(
-        self,
-        body: Callable[[], None],
-        state: Callable[[], Iterable[Tensor]],
-        device: torch.device,
-        graphs: bool = True,
-    ) -> None:
-        self.body, self.state = body, state
+        self, body: Body, state: State, device: torch.device, graphs: bool = True,
+        scratch: Scratch | None = None,
+    ) -> None:  # fmt: skip
+        self.body, self.state, self.device = body, state, device
         self.graphed = graphs and device.type == "cuda"
         self.captures = 0
+        self._scratch = scratch or Scratch(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
@@ -49,34 +81,84 @@ class StaticStep:
             self.body()
             return
         if self._graph is None:
-            self._graph = self._capture()
+            with torch.cuda.device(self.device), _explained():
+                self._graph = self._capture()
+            self.captures += 1
         self._graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        before = [tensor.detach().clone() for tensor in self.state()]
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), self._scratch.stream
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self.body()
-        current.wait_stream(side)
-        with torch.no_grad():
-            for tensor, value in zip(self.state(), before, strict=True):
-                tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self.body()
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            raise GraphError(
-                "the step cannot be captured as a CUDA graph",
-                got=str(error).splitlines()[0],
-                expected="operations that neither wait for the GPU nor copy from pageable memory",
-                fix="run with --no-graphs (graphs=false); the operation is in the traceback",
-            ) from error
-        self.captures += 1
+        with torch.cuda.stream(side):
+            # Once everything is in its place, what waits is found before it breaks a capture.
+            rehearse(self.body, self.state, _REHEARSALS, _no_waiting)
+            try:
+                # Loaders may work in threads of their own meanwhile.
+                with torch.cuda.graph(
+                    graph, self._scratch.pool, side, capture_error_mode="thread_local"
+                ):
+                    self.body()
+            except BaseException:
+                abandon(graph, self._scratch)
+                raise
+        current.wait_stream(side)
         return graph
+
+
+def rehearse(
+    body: Body, state: State, times: int, around_last: Callable[[], Any] = nullcontext
+) -> None:
+    """Call ``body`` so many times, always from the present state, which it is left in.
+
+    Args:
+        around_last: makes the context of the last call.
+    """
+    before = [tensor.detach().clone() for tensor in state()]
+    for left in reversed(range(times)):
+        with _disable_current_modes(), nullcontext() if left else around_last():
+            body()
+        with torch.no_grad():
+            for tensor, value in zip(state(), before, strict=True):
+                tensor.copy_(value)
+
+
+def abandon(graph: torch.cuda.CUDAGraph, scratch: Scratch) -> None:
+    """After a capture that failed: memory comes from where it came from before."""
+    _broken.append(graph)
+    with suppress(RuntimeError):
+        torch.cuda.synchronize()
+    with suppress(RuntimeError, AttributeError):  # newer versions have done it
+        index = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(index, scratch.pool)
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Inside, an operation that waits for the GPU is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Inside, what torch says against a capture becomes a GraphError; not a lack of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+        raise GraphError(
+            "the step cannot be captured as a CUDA graph",
+            got=str(first).splitlines()[0],
+            expected="operations that neither wait for the GPU nor copy from pageable memory",
+            fix="run with --no-graphs (graphs=false); the operation is in the traceback",
+        ) from error
 
 
 def hold(held: dict[str, Tensor], device: torch.device, **tables: Tensor | None) -> None:

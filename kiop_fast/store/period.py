@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kiop_fast.runtime import optimizers
 from kiop_fast.runtime.execution import PLAIN, Execution
 from kiop_fast.runtime.profile import stage
-from kiop_fast.runtime.static_step import StaticStep
+from kiop_fast.runtime.static_step import Scratch, StaticStep
 from kiop_fast.store.draws import StoringDraws
 from kiop_fast.store.replay import Replay
 from kiop_fast.store.terms import Term
@@ -21,7 +21,8 @@ class Storing:
 
     Args:
         terms: the summands of the transfer loss.
-        optimizer: SGD over what is trained (the ring cells); nothing else moves.
+        optimizer: SGD over what is trained: the ring cells, or (mode ``vanilla``) a model, whose
+            buffers move too.
         steps: prompt steps a period.
         execution: precision and graphs.
     """
@@ -39,7 +40,11 @@ class Storing:
         self.log = like.new_zeros(steps, 2 * len(terms))
         self._weights = like.new_tensor([term.weight for term in terms])
         self._replays = [Replay(term, like.dtype, like.device) for term in terms]
+        learners = {getattr(term.loss, "learner", None) for term in terms}
+        models = [learner for learner in learners if isinstance(learner, nn.Module)]
+        self._buffers = [buffer for model in models for buffer in model.buffers()]
         self._runs: dict[object, StaticStep] = {}
+        self._scratch = Scratch(like.device)
 
     @property
     def captures(self) -> int:
@@ -65,15 +70,11 @@ class Storing:
         with self.execution.products(self.device), self.execution.autocast(self.device):
             for replay in self._replays:
                 replay.begin(drawn[replay.term.name])
-        held = tuple(replay.held for replay in self._replays)
-        if held not in self._runs:
-            self._runs[held] = StaticStep(
-                self._move, self._state, self.device, self.execution.graphs
-            )
-        step = self._runs[held]
+        step: StaticStep | None = None
         for done in range(1, len(self.log) + 1):
             for replay in self._replays:
                 replay.fetch()
+            step = step or self._step()  # found by where the first batch was put
             step()
             if on_step is not None:
                 on_step(done, self.totals[done - 1])
@@ -81,11 +82,21 @@ class Storing:
             replay.end()
         return self.log.cpu()
 
+    def _step(self) -> StaticStep:
+        """The step over what the banks' readers hold now."""
+        held = tuple(replay.held for replay in self._replays)
+        if held not in self._runs:
+            self._runs[held] = StaticStep(
+                self._move, self._state, self.device, self.execution.graphs, self._scratch
+            )
+        return self._runs[held]
+
     def _state(self) -> list[Tensor]:
-        return [*self._learned, *optimizers.state_tensors(self.optimizer), self.at]
+        moments = optimizers.state_tensors(self.optimizer)
+        return [*self._learned, *self._buffers, *moments, self.at]
 
     def _move(self) -> None:
-        with self.execution.products(self.device):
+        with self.execution.products(self.device, search=True):
             self._moved()
 
     def _moved(self) -> None:

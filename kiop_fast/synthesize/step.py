@@ -17,7 +17,7 @@ from kiop_fast.kernels import views
 from kiop_fast.runtime import optimizers
 from kiop_fast.runtime.execution import Execution
 from kiop_fast.runtime.profile import stage
-from kiop_fast.runtime.static_step import StaticStep, hold, row_of
+from kiop_fast.runtime.static_step import Scratch, StaticStep, hold, row_of
 from kiop_fast.source import BatchNormTaps, Source
 from kiop_fast.synthesize.banks import FeatureBank
 from kiop_fast.synthesize.generator import Generator, load_weights
@@ -96,6 +96,7 @@ class SynthesisStep:
         )
         self._tables: dict[str, Tensor] = {}
         self._runs: dict[_Call, StaticStep] = {}
+        self._scratch = Scratch(self.device)
         self._taps = BatchNormTaps(teacher.model, rows=images)
 
     @property
@@ -125,11 +126,13 @@ class SynthesisStep:
             box_flip=seen.box_flip, negatives=drawn.negatives, mapping=mapping,
         )  # fmt: skip
         graphs = self.execution.graphs and self.device.type == "cuda"
-        call = _Call(student, self.features.window(padded=graphs), drawn.negatives is not None)
+        window, sampled = self.features.window(padded=graphs), drawn.negatives is not None
+        call = _Call(student, 0 if sampled else window, sampled)
         if call not in self._runs:
             self._runs[call] = StaticStep(
-                partial(self._move, call), self._state, self.device, self.execution.graphs
-            )
+                partial(self._move, call), self._state, self.device, self.execution.graphs,
+                self._scratch,
+            )  # fmt: skip
         run = self._runs[call]
 
         def advance(last: bool) -> None:
@@ -155,7 +158,7 @@ class SynthesisStep:
 
     def _move(self, call: _Call, last: bool = False) -> None:
         """Losses, best step so far, gradients, optimisers."""
-        with self.execution.products(self.device):
+        with self.execution.products(self.device, search=True):
             self._moved(call, last)
 
     def _moved(self, call: _Call, last: bool) -> None:
