@@ -16,6 +16,7 @@ from kiop_fast.engine import engine
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
 from kiop_fast.prompt.artefact import Artefact
 from kiop_fast.runtime import draws
+from kiop_fast.runtime.execution import PLAIN
 from kiop_fast.runtime.optimizers import set_rate, sgd
 from kiop_fast.runtime.profile import OnStep, Profiles
 from kiop_fast.runtime.progress import Progress
@@ -198,9 +199,10 @@ class Run:
         images = self.bank_images(task)
         seen = self.prompted(task)
         ours, theirs = [], []
-        for part in images.chunk(-(-len(images) // self.config.prompt.calibration_batch)):
-            ours.append(seen.logits(part).argmax(dim=1))
-            theirs.append(task.source.model(part).argmax(dim=1))
+        with PLAIN.products(self.device):
+            for part in images.chunk(-(-len(images) // self.config.prompt.calibration_batch)):
+                ours.append(seen.logits(part).argmax(dim=1))
+                theirs.append(task.source.model(part).argmax(dim=1))
         shape = (self.sources.target.classes, task.source.classes)
         table = count_table(torch.cat(ours), torch.cat(theirs), shape)
         return frequency_mapping(table).to(self.device)

@@ -19,6 +19,7 @@ from kiop_fast.errors import DataError
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
 from kiop_fast.prompt.artefact import Artefact, ArtefactTask
 from kiop_fast.prompt.served import PromptedTask
+from kiop_fast.runtime.execution import PLAIN
 from kiop_fast.source import Source
 
 Classifier = Callable[[Tensor], Tensor]
@@ -86,7 +87,7 @@ def task_accuracy(
     device: torch.device | str = "cpu",
     loading: LoadingConfig | None = None,
 ) -> float:
-    """Share of test images whose arg-max is their label.
+    """Share of test images whose arg-max is their label; on a GPU, too, nothing less than fp32.
 
     Args:
         classify: images (N, C, side, side) in [0, 1] → logits (N, classes).
@@ -99,8 +100,9 @@ def task_accuracy(
     device = torch.device(device)
     loader = _test_batches(info, side, batch, device, loading)
     right = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in loader.epoch():
-        right += (classify(images).argmax(dim=1) == labels).sum()
+    with PLAIN.products(device):
+        for images, labels in loader.epoch():
+            right += (classify(images).argmax(dim=1) == labels).sum()
     return int(right) / loader.size
 
 
@@ -191,7 +193,8 @@ def _test_logits(
 ) -> tuple[Tensor, Tensor]:
     """A's unmapped logits and the labels of a task's whole test split, on A's device."""
     loader = _test_batches(module.info, module.side, batch, _device(module), loading)
-    parts = [(module.target_logits(images), labels) for images, labels in loader.epoch()]
+    with PLAIN.products(_device(module)):
+        parts = [(module.target_logits(images), labels) for images, labels in loader.epoch()]
     logits, labels = zip(*parts, strict=True)
     return torch.cat(logits), torch.cat(labels)
 
@@ -253,9 +256,10 @@ def untrained(
         return bare
     module = bare.on(target, check=False).task(task.name)
     ours, theirs = [], []
-    for part in images.chunk(-(-len(images) // chunk)):
-        ours.append(module.target_logits(part).argmax(dim=1))
-        theirs.append(source.model(source.normalise(part)).argmax(dim=1))
+    with PLAIN.products(device):
+        for part in images.chunk(-(-len(images) // chunk)):
+            ours.append(module.target_logits(part).argmax(dim=1))
+            theirs.append(source.model(source.normalise(part)).argmax(dim=1))
     table = count_table(torch.cat(ours), torch.cat(theirs), (target.classes, source.classes))
     return replace(bare, tasks=(replace(task, mapping=frequency_mapping(table)),))
 

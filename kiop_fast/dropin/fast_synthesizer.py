@@ -26,13 +26,14 @@ from kiop_fast.dropin.fast_pool import Batches, add_pixels, pixels_of
 from kiop_fast.engine import engine
 from kiop_fast.errors import SourceError
 from kiop_fast.kernels import views
-from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.execution import AS_SET, Execution
 from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.synthesize import Generator, SynthesisDraws, draw_synthesis
 
 Draw = Callable[[Any, Tensor | None], SynthesisDraws]
 Order = Callable[[Any, int], Tensor]
-NO_GRAPHS = Execution(graphs=False)  # a graph may not be able to hold the student: foreign code
+# A graph may not be able to hold the student, which is foreign code; precision is the script's.
+NO_GRAPHS = Execution(AS_SET, graphs=False)
 _OWN = {"feature_layers", "head_dim", "generator"}  # arguments that do not become attributes
 
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from kiop_fast.errors import MappingError
 from kiop_fast.prompt.rings import Prompt
 from kiop_fast.prompt.windowed import WHOLE, windowed
+from kiop_fast.runtime.execution import PLAIN
 from kiop_fast.source import DropoutDraws, Source, batch_statistics, batchnorm_layers
 
 
@@ -103,9 +104,9 @@ def frozen_logits(
 def calibrate(prompted: PromptedModel, images: Tensor, batch: int) -> dict[str, Tensor]:
     """BatchNorm statistics of A on images seen through the prompt (policy ``calibrated``).
 
-    One pass in chunks of at most ``batch`` images, near equal in size; inside a chunk layers
-    normalise with the chunk's own statistics.  Means and variances are pooled exactly over all
-    images (within plus between chunks) in fp64 and stored in fp32.
+    One pass in fp32, in chunks of at most ``batch`` images, near equal in size; inside a chunk
+    layers normalise with the chunk's own statistics.  Means and variances are pooled exactly over
+    all images (within plus between chunks) in fp64 and stored in fp32.
 
     Args:
         images: (M, 3, s, s) normalised, the task's whole synthetic bank, no augmentation.
@@ -130,8 +131,9 @@ def calibrate(prompted: PromptedModel, images: Tensor, batch: int) -> dict[str, 
 
     hooks = [layer.register_forward_pre_hook(tap(name)) for name, layer in layers.items()]
     try:
-        for part in images.chunk(-(-len(images) // batch)):
-            frozen_logits(prompted.target, prompted.seen(part), "batch")
+        with PLAIN.products(images.device):
+            for part in images.chunk(-(-len(images) // batch)):
+                frozen_logits(prompted.target, prompted.seen(part), "batch")
     finally:
         for hook in hooks:
             hook.remove()

@@ -150,4 +150,4 @@ class Profiles:
 
     def rows(self) -> dict[str, list[Row]]:
         """Every period's table; periods too short to be traced are left out."""
-        return {name: made.rows() for name, made in self.made.items() if made.stages}
+        return {name: made.rows() for name, made in self.made.items() if made.seconds}
