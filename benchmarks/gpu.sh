@@ -82,18 +82,31 @@ report() {
   (cd "$pages" && "$PYTHON" -m zipfile -c "$OUT/plots.zip" images) >>"$OUT/benchmark.txt" 2>&1
 }
 
-# What was asked for first comes first; a report is written as soon as there is something to say.
-part tests 110 "$PYTHON" -m pytest tests/kernels -k "test_kernel_ or graph_replay" \
-  -p no:cacheprovider -rs --tb=short --maxfail=30
-bench 100 "synthesis_step and B-4096"
-bench 45 "test_prompt_step"
-bench 60 "test_kernel"
+# Tests, not times, share the machine among several processes: most of theirs is compiling.
+tested() {  # tested SECONDS PROCESSES OPTIONS…
+  local most=$1 processes=$2; shift 2
+  "$PYTHON" -c "import xdist" 2>/dev/null && set -- -n "$processes" --dist worksteal "$@"
+  part tests "$most" "$PYTHON" -m pytest -p no:cacheprovider -rs --tb=short --maxfail=30 \
+    --continue-on-collection-errors "$@"
+}
+
+# What was asked for first comes first, and torch.compile, which takes minutes to begin with, last;
+# a report is written as soon as there is something to say.
+cores=$(nproc)
+tested 90 $((cores < 12 ? cores : 12)) tests/kernels -k "test_kernel_ or graph_replay"
+tested 45 $((cores < 4 ? cores : 4)) tests --ignore=tests/kernels -m gpu
+own="--engines=reference,fast,upstream"
+bench 100 "synthesis_step and B-4096" $own
+bench 60 "test_prompt_step" $own
+bench 75 "test_kernel" $own
 report
-bench 45 "epoch or data_path"
-part tests 30 "$PYTHON" -m pytest tests -m gpu --ignore=tests/kernels -p no:cacheprovider -rs \
-  --tb=short
+bench 50 "epoch or data_path" $own
+bench 60 "synthesis_step and not B-4096" $own
+bench 75 "synthesis_step and B-4096 or test_prompt_step" --engines=tuned
+bench 90 "synthesis_step and B-4096 or test_prompt_step" --engines=compile
+report
 sanitize
-bench 60 "synthesis_step and not B-4096"
+bench 60 "test_kernel" --engines=compile
 bench 40 "prediction or loading or demo"
 bench 60 "scaling" --sweep
 report

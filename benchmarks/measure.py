@@ -14,7 +14,12 @@ import machine
 import pytest
 import torch
 
+from kiop_fast.errors import GraphError
+from kiop_fast.runtime.static_step import StaticStep
+
 Call = Callable[[], Any]
+
+REPEATS = 20  # calls in one timed graph
 
 
 @dataclass
@@ -87,7 +92,8 @@ class Measure:
             warm: untimed calls before.
             bytes_moved, flop: of one call.
             memory: make one more call to see its peak memory.
-            capture: on a GPU, time replays of a CUDA graph of the call, where that works.
+            capture: on a GPU, time replays of a CUDA graph of ``REPEATS`` calls, where that
+                works: one small kernel would take less than launching its graph.
             more: facts for the row.
         """
         session, device = self.session, self.session.device
@@ -97,7 +103,8 @@ class Measure:
         peak = machine.peak_memory(_after(setup, call), device) if memory else None
         for _ in range(warm):
             _after(setup, call)()
-        replay = graph_of(call) if capture and device.type == "cuda" else None
+        replay = graph_of(call, device) if capture and device.type == "cuda" else None
+        calls = per * (REPEATS if replay else 1)
         timed = Timed(replay or call, device)
         if rounds is None:
             if setup:
@@ -113,8 +120,8 @@ class Measure:
             "kind": "row", "group": group, "stage": stage, "engine": engine,
             "precision": precision, "scale": session.scale, "digest": digest, "per": per,
             "rounds": rounds, "clock": "CUDA events" if timed.device_seconds else "wall",
-            **_quartiles([t / per for t in timed.device_seconds or walls]),
-            "wall_median": statistics.median(walls) / per,
+            **_quartiles([t / calls for t in timed.device_seconds or walls]),
+            "wall_median": statistics.median(walls) / calls,
             "peak_memory": peak, "graph": replay is not None, **more,
         }  # fmt: skip
         row |= self._rates(row["median"] * per, bytes_moved, flop, precision)
@@ -164,25 +171,18 @@ class Timed:
         self.device_seconds.append(self.last)
 
 
-def graph_of(call: Call) -> Call | None:
-    """Replays of the call's CUDA graph: device time alone.  None where it cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+def graph_of(call: Call, device: torch.device) -> Call | None:
+    """Replays of a CUDA graph of the call, ``REPEATS`` times; None where it cannot be captured."""
+
+    def body() -> None:
+        for _ in range(REPEATS):
+            call()
+
+    replay = StaticStep(body, list, device)
     try:
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = call()
-    except RuntimeError:
-        torch.cuda.synchronize()
+        replay()
+    except GraphError:
         return None
-
-    def replay(kept: Any = kept) -> None:
-        graph.replay()
-
     return replay
 
 

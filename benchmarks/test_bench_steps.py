@@ -14,6 +14,8 @@ from measure import Measure
 from sizes import Problem, Scale
 from world import World, flop_of
 
+from kiop_fast.prompt import prompted
+
 CACHED = (0, 256, 4096)
 
 
@@ -64,7 +66,7 @@ def test_synthesis_step(
             return results[0], flop
 
     expected, flop = once(by_reference, "synthesis", problem.digest(), task)
-    with engines.running_at(precision):
+    with engines.running_at(precision, engine):
         made = world(engine, precision)
         call = made.synthesizing(task)
         results: list[Any] = []
@@ -103,7 +105,7 @@ def prompt_step(
             return results[0], flop
 
     expected, flop = once(by_reference, "storing", problem.digest())
-    with engines.running_at(precision):
+    with engines.running_at(precision, engine):
         made = World(problem, engines.make(engine), device, folder / engine, precision=precision)
         logs: list[Any] = []
         counted = flop_of(lambda: logs.append(made.store())) if countable(engine, device) else 0.0
@@ -115,6 +117,18 @@ def prompt_step(
             warm=extra_warmth(engine, device), memory=sizes.name != "paper", flop=counted or None,
             reference_flop=flop, **more,
         )  # fmt: skip
+
+
+def test_prompt_step_on_whole_canvases(
+    contestant: tuple[str, str], sizes: Scale, measure: Measure, once: Callable[..., Any],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The fast engine without windows: what they are worth on this GPU and precision."""
+    if contestant[0] != "fast" or measure.session.device.type != "cuda":
+        pytest.skip("windows are the fast engine's; on a CPU they are measured: docs/engine.md")
+    monkeypatch.setattr(prompted, "WHOLE", 0.0)
+    prompt_step(sizes.problem.with_(cached=0), "prompt step, whole canvases", contestant, sizes,
+                measure, once, tmp_path)  # fmt: skip
 
 
 def test_epoch(
@@ -136,7 +150,7 @@ def test_epoch(
             return world("reference", "fp32").epoch(0)
 
     expected = once(by_reference, "epoch", problem.digest())
-    with engines.running_at(precision):
+    with engines.running_at(precision, engine):
         made = world(engine, precision)
         gates.check_epoch(made.epoch(0), expected, precision, problem.config.storing.temperature)
         numbers = iter(range(1, 100))
