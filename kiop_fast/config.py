@@ -66,6 +66,9 @@ class SynthesisConfig:
     epochs: int = 0  # epochs that synthesize, then the banks stay; 0: all
     epochs_of_a: int = 0  # the same for A's own task alone; 0: as the others
     steps: int = 200  # generator steps a call (paper's rounds, upstream --g_steps)
+    start: str = "fresh"  # fresh (paper) | meta: where a call's generator starts
+    meta_steps: int = 0  # steps of a call that starts so, at most; 0: as the others
+    meta_rate: float = 1.0  # of the way to what a call learned, that the start moves
     lr: float = 0.01  # Adam, generator, latent and head (upstream --lr_g)
     beta1: float = 0.5
     beta2: float = 0.999
@@ -93,14 +96,21 @@ class SynthesisConfig:
         limit = (own_task and self.epochs_of_a) or self.epochs or epochs
         return min(limit, epochs)
 
+    def steps_of(self, turn: int, call: int) -> int:
+        """Steps of a task's call, both counted from 0."""
+        later = self.start == "meta" and turn + call > 0
+        return min(self.meta_steps, self.steps) if later and self.meta_steps else self.steps
+
     def __post_init__(self) -> None:
         for name in ("batch", "calls", "steps", "latent", "width", "head_dim", "negatives",
                      "bank_rows"):  # fmt: skip
             value = getattr(self, name)
             _require(value >= 1, f"synthesis.{name} is too small", value, "at least 1")
-        for name in ("pad", "head_width", "epochs", "epochs_of_a"):
+        for name in ("pad", "head_width", "epochs", "epochs_of_a", "meta_steps"):
             value = getattr(self, name)
             _require(value >= 0, f"synthesis.{name} is negative", value, "0 or more")
+        _choice("synthesis.start", self.start, ("fresh", "meta"))
+        _require(0 < self.meta_rate <= 1, "synthesis.meta_rate", self.meta_rate, "0 < rate <= 1")
         _require(self.lr > 0, "synthesis.lr", self.lr, "a positive rate")
         _require(self.cr_temperature > 0, "synthesis.cr_temperature", self.cr_temperature, "> 0")
         low, high = self.scale

@@ -23,9 +23,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 4,
         "prompt": {"rings": [20, 32], "mapping": "iterative"},
         "synthesis": {
-            "epochs_of_a": 1, "batch": 192, "steps": 72, "lr": 0.015, "width": 32, "adv": 0.0,
-            "head_width": 256, "negatives": 256, "pad": 1, "scale": [0.6, 1.0], "flip": 0.0,
-            "balanced": True,
+            "epochs_of_a": 1, "batch": 192, "steps": 72, "start": "meta", "meta_steps": 36,
+            "lr": 0.015, "width": 32, "adv": 0.0, "head_width": 256, "negatives": 256, "pad": 1,
+            "scale": [0.6, 1.0], "flip": 0.0, "balanced": True,
         },
         "storing": {"steps": 72, "lr": 24.0, "temperature": 1.0, "shuffle_colours": True},
     },

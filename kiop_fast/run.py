@@ -142,19 +142,24 @@ class Run:
         epoch = turn // self.config.rounds
         for task in (task for task in self.tasks if epoch < task.epochs):
             rows, results = [], []
+            steps = [period.steps_of(turn, call) for call in range(period.calls)]
             for call in range(period.calls):
                 drawn = draw_synthesis(
                     period, task.source, self.config.side, seed=self.config.seed, epoch=turn,
                     task=task.name, call=call, stored=task.synthesizer.features.stored,
                 )  # fmt: skip
+                if task.start is not None:
+                    drawn = task.start.begin(drawn)
                 on_step = reporter(progress, self._stage(turn, f"synthesize {task.name}"),
-                                   call * period.steps, period.calls * period.steps)  # fmt: skip
+                                   sum(steps[:call]), sum(steps))  # fmt: skip
                 with self._fixed():
                     result = task.synthesizer.synthesize(
                         drawn, self._student(task, turn, call), task.mapping,
                         self._watched(f"synthesize {task.name}", on_step),
                     )  # fmt: skip
                 check_finite(result.losses, TERMS, epoch, task.name)
+                if task.start is not None:
+                    task.start.end(drawn, task.synthesizer.generator)
                 task.bank.add(result.images, result.targets)
                 rows.append(result.losses[result.best_step])
                 results.append(result)
@@ -303,6 +308,8 @@ class Run:
                 head = task.synthesizer.head
                 tensors |= module_tensors(head, f"{task.name}.head")
                 tensors |= optimizer_tensors(task.synthesizer.head_optimizer, f"{task.name}.adam")
+            if task.start is not None:
+                tensors |= task.start.tensors(f"{task.name}.start")
         return tensors
 
     def load(
@@ -319,6 +326,8 @@ class Run:
                 continue
             load_module(task.synthesizer.head, tensors, f"{task.name}.head")
             load_optimizer(task.synthesizer.head_optimizer, tensors, f"{task.name}.adam")
+            if task.start is not None:
+                task.start.load(tensors, f"{task.name}.start")
             for made in bank(task.name):
                 task.bank.add(made["images"], made["targets"])
                 task.synthesizer.features.add(made["features"])

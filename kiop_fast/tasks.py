@@ -28,7 +28,7 @@ from kiop_fast.runtime import draws
 from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.sources import Sources
 from kiop_fast.store import augmentation
-from kiop_fast.synthesize import ImageBank, generator_channels
+from kiop_fast.synthesize import ImageBank, MetaStart, generator_channels
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Task:
         bank: its images, in the engine's store.
         synthesizer: makes them; None where real data stands in (mode b).
         epochs: in which it makes them, from the first on.
+        start: where its generators start; None: anew at every call.
         feed: makes the bank's batches where the kernel ``bank_replay`` does not.
     """
 
@@ -55,6 +56,7 @@ class Task:
     bank: Any
     synthesizer: Any
     epochs: int = 0
+    start: MetaStart | None = None
     feed: Feed | None = None
 
 
@@ -147,7 +149,8 @@ def _task(
     channels = generator_channels(period, source)
     bank = engine.image_bank(channels, config.side, device, scratch / name, capacity=images)
     feed = _dali_replay(config, source, bank, channels, device)
-    return Task(name, source, depth, mapping, weight, bank, synthesizer, epochs, feed)
+    start = MetaStart(period.meta_rate) if period.start == "meta" else None
+    return Task(name, source, depth, mapping, weight, bank, synthesizer, epochs, start, feed)
 
 
 def _real_images(

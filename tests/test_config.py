@@ -67,6 +67,7 @@ def test_an_override_reaches_every_setting() -> None:
         "preset": "mine", "mode": "b", "engine": "reference", "device": "cpu",
         "target": "resnet20@letters", "prompt.mapping": "random", "prompt.extend": "file",
         "prompt.batchnorm": "running", "synthesis.normaliser": "provider",
+        "synthesis.start": "fresh",
         "storing.target_of_a": "plain", "storing.target_of_b": "prompted",
         "providers": '["resnet8@shapes"]', "prompt.rings": "[24, 44]", "side": "20",
         "synthesis.scale": "[0.4, 0.9]", "synthesis.ratio": "[0.9, 1.1]",

@@ -71,7 +71,7 @@ def test_a_run_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "is trained first" in checks["target"]["found"]
     assert "9 layers, features 336 wide" in checks["provider 1: BatchNorm"]["found"]
     assert "360 test images" in checks["provider 1: data"]["found"]
-    assert "of 80 steps" in checks["time of the run"]["found"]
+    assert "5 synthesize calls, 252 steps" in checks["time of the run"]["found"]
     assert not (tmp_path / "cache").exists()
 
 

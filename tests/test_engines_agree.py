@@ -19,7 +19,7 @@ from kiop_fast.prompt import Prompt, random_mapping
 from kiop_fast.runtime import draws
 from kiop_fast.source import DropoutDraws
 from kiop_fast.store import Term, draw_storing
-from kiop_fast.synthesize import draw_synthesis, generator_channels
+from kiop_fast.synthesize import MetaStart, draw_synthesis, generator_channels
 
 CPU = torch.device("cpu")
 SIDE, BATCH, SEED = 8, 6, 5
@@ -56,6 +56,9 @@ CASES = {
     "narrow head": Case(synthesis={"head_width": 7, "head_dim": 3}),
     "views of another geometry": Case(
         synthesis={"pad": 1, "scale": (0.1, 0.3), "ratio": (0.3, 3.0), "flip": 1.0}
+    ),
+    "start from earlier calls": Case(
+        synthesis={"start": "meta", "meta_steps": 3, "meta_rate": 0.7}
     ),
     "grey generator": Case(channels=1),
     "grey by averaging": Case(channels=1, synthesis={"grey": False}),
@@ -136,12 +139,14 @@ def play(case: Case, parts: Engine, folder: Path) -> dict[str, list[Tensor]]:
     def leave(name: str, *values: Tensor) -> None:
         left.setdefault(name, []).extend(value.detach().clone() for value in values)
 
-    made, banks = {}, {}
+    made, banks, starts = {}, {}, {}
     for teacher, _, _ in tasks:
         made[teacher.name] = parts.synthesizer(
             teacher, synthesis, teacher.info, side=SIDE, bank_rows=case.bank_rows,
             seed=SEED, task=teacher.name, device=CPU,
         )  # fmt: skip
+        if synthesis.start == "meta":
+            starts[teacher.name] = MetaStart(synthesis.meta_rate)
         channels = generator_channels(synthesis, teacher)
         more = {"workers": 0} if parts.name == "reference" else {}
         banks[teacher.name] = parts.image_bank(channels, SIDE, CPU, folder / teacher.name, **more)
@@ -152,7 +157,12 @@ def play(case: Case, parts: Engine, folder: Path) -> dict[str, list[Tensor]]:
                 synthesis, teacher, SIDE, seed=SEED, epoch=epoch, task=teacher.name, call=0,
                 stored=system.features.stored,
             )  # fmt: skip
+            if teacher.name in starts:
+                drawn = starts[teacher.name].begin(drawn)
             result = system.synthesize(drawn, student, mapping)
+            if teacher.name in starts:
+                starts[teacher.name].end(drawn, system.generator)
+                leave("start", *starts[teacher.name].weights.values())
             bank.add(result.images, result.targets)
             leave("synthesis losses", result.losses)
             leave("chosen step", torch.tensor(result.best_step))

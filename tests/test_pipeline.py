@@ -89,11 +89,12 @@ def test_the_same_seed_gives_the_same_bytes(sources: Sources, tmp_path: Path) ->
     assert not same(cells_of(tmp_path / "first"), cells_of(tmp_path / "third"))
 
 
-@pytest.mark.parametrize("mode", ["bf", "vanilla"])
+@pytest.mark.parametrize(("mode", "start"), [("bf", "fresh"), ("bf", "meta"), ("vanilla", "fresh")])
 def test_stop_and_resume_at_an_epoch_changes_nothing(
-    mode: str, sources: Sources, tmp_path: Path
+    mode: str, start: str, sources: Sources, tmp_path: Path
 ) -> None:
-    config = tiny(epochs=3, mode=mode, synthesis={"bank_rows": 24})
+    synthesis = {"bank_rows": 24, "start": start, "meta_steps": 2}
+    config = tiny(epochs=3, mode=mode, synthesis=synthesis)
     train(config, tmp_path / "whole", sources=sources)
 
     class Stop(Exception):
@@ -291,6 +292,9 @@ class TestBadInput:
             ({"side": 18}, "multiple of 4"),
             ({"storing": {"lr": "high"}}, "wrong type"),
             ({"synthesis": {"scale": [0.5]}}, "length"),
+            ({"synthesis": {"start": "last"}}, "fresh, meta"),
+            ({"synthesis": {"meta_steps": -1}}, "0 or more"),
+            ({"synthesis": {"meta_rate": 0}}, "meta_rate"),
         ],
     )
     def test_settings(self, change: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from typing import Any
 
@@ -14,7 +15,7 @@ from kiop_fast import reference, synthesize
 from kiop_fast.config import SynthesisConfig
 from kiop_fast.engine import engine
 from kiop_fast.source import Source
-from kiop_fast.synthesize import SynthesisDraws, draw_synthesis
+from kiop_fast.synthesize import MetaStart, SynthesisDraws, draw_synthesis
 
 CPU = torch.device("cpu")
 ROOMS = pytest.mark.parametrize("room", ["fast", "reference"])
@@ -167,6 +168,42 @@ def test_a_call_depends_on_its_draws_alone(room: str) -> None:
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.losses, again.losses)
     assert made.features.added == 8
+
+
+@ROOMS
+def test_a_shared_start_moves_towards_what_a_call_learned(room: str) -> None:
+    """Reptile: w ← w + rate (learned − w); the first call starts from its own draws."""
+    made, drawn = system(room, tiny_source("t", 5, 0), adv=0.0, start="meta", meta_steps=2)
+    start = MetaStart(0.25)
+    for call in range(2):
+        begun = start.begin(drawn)
+        before = {name: value.clone() for name, value in begun.weights.items()}
+        if call == 0:
+            assert begun is drawn
+        made.synthesize(begun, no_student, None)
+        start.end(begun, made.generator)
+        for name, learned in made.generator.named_parameters():
+            expected = before[name] + 0.25 * (learned.detach() - before[name])
+            torch.testing.assert_close(start.weights[name], expected)
+            assert not torch.equal(learned, before[name])
+    again = MetaStart(0.25)
+    again.load(start.tensors("digits.start"), "digits.start")
+    assert again.weights.keys() == start.weights.keys()
+
+
+def test_later_calls_take_fewer_steps() -> None:
+    teacher = tiny_source("t", 5, 0)
+    config = SynthesisConfig(batch=3, steps=5, latent=4, width=2, start="meta", meta_steps=2)
+    for start, lengths in (("meta", [5, 2, 2]), ("fresh", [5, 5, 5])):
+        changed = dataclasses.replace(config, start=start)
+        drawn = [
+            draw_synthesis(
+                changed, teacher, 8, seed=0, epoch=epoch, task="t", call=call, stored=0
+            )
+            for epoch, call in ((0, 0), (0, 1), (1, 0))
+        ]  # fmt: skip
+        assert [one.steps for one in drawn] == lengths
+        assert [len(one.views.box) for one in drawn] == lengths
 
 
 @ROOMS

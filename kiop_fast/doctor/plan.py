@@ -221,7 +221,7 @@ def _time(config: RunConfig, sources: Sources, device: torch.device) -> Check:
     """A few steps of both periods, run as the run would, and the rest by counting."""
     short = dataclasses.replace(
         config,
-        synthesis=dataclasses.replace(config.synthesis, steps=_STEPS, calls=1),
+        synthesis=dataclasses.replace(config.synthesis, steps=_STEPS, meta_steps=0, calls=1),
         storing=dataclasses.replace(config.storing, steps=_STEPS),
     )
     with tempfile.TemporaryDirectory() as scratch, threads(config.threads):
@@ -233,11 +233,13 @@ def _time(config: RunConfig, sources: Sources, device: torch.device) -> Check:
     period = config.synthesis
     making = [task for task in run.tasks if task.synthesizer is not None]
     calls = config.rounds * period.calls * sum(task.epochs for task in making)
+    fewer = len(making) * (period.steps - period.steps_of(1, 0))  # a first call has them all
+    synthesis_steps = calls * period.steps_of(1, 0) + fewer
     step = seconds["synthesis"] / max(1, len(making))
     turns = config.epochs * config.rounds
-    total = calls * period.steps * step + turns * config.storing.steps * seconds["storing"]
-    return Check("time of the run", "pass", f"about {duration(total)}: {calls:,} synthesize calls "
-                 f"of {period.steps} steps at {1e3 * step:.1f} ms, "
+    total = synthesis_steps * step + turns * config.storing.steps * seconds["storing"]
+    return Check("time of the run", "pass", f"about {duration(total)}: {calls:,} synthesize calls, "
+                 f"{synthesis_steps:,} steps at {1e3 * step:.1f} ms, "
                  f"{turns} × {config.storing.steps} prompt steps at "
                  f"{1e3 * seconds['storing']:.1f} ms (measured over {_STEPS} steps with empty "
                  "feature banks; without evaluation)")  # fmt: skip

@@ -59,7 +59,9 @@ class Synthesizer:
         mapping: Tensor | None,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Synthesised:
-        """One call: ``config.steps`` generator steps, the best step's images and features kept.
+        """One call: a generator step a row of the draws, at most ``config.steps`` of them.
+
+        The images and features of the step with the lowest total loss are kept.
 
         Args:
             drawn: its random numbers.
@@ -78,7 +80,7 @@ class Synthesizer:
         ]  # fmt: skip
         optimizer = torch.optim.Adam(groups, config.lr, (config.beta1, config.beta2))
         best, best_step, kept, losses = torch.inf, 0, None, []
-        for step in range(config.steps):
+        for step in range(min(drawn.steps, config.steps)):
             images = self.generator(z)
             terms, features = self._terms(images, drawn, step, targets, student, mapping)
             total = terms[-1]

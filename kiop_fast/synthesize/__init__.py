@@ -10,12 +10,14 @@ from kiop_fast.synthesize.period import (
     draw_synthesis,
     generator_channels,
 )
+from kiop_fast.synthesize.start import MetaStart
 
 __all__ = [
     "TERMS",
     "FeatureBank",
     "Generator",
     "ImageBank",
+    "MetaStart",
     "ProjectionHead",
     "SynthesisDraws",
     "Synthesised",

@@ -41,6 +41,11 @@ class SynthesisDraws:
     views: draws.ViewDraws
     negatives: Tensor | None
 
+    @property
+    def steps(self) -> int:
+        """Generator steps of the call."""
+        return len(self.views.crop)
+
 
 @dataclass(frozen=True)
 class Synthesised:
@@ -70,7 +75,7 @@ def draw_synthesis(
     def rng(purpose: str):  # type: ignore[no-untyped-def]
         return draws.generator(seed, epoch, task, f"{purpose}/{call}")
 
-    shape = (config.steps, config.batch)
+    shape = (config.steps_of(epoch, call), config.batch)
     boxes, crops = rng("local view"), rng("global view")
     generator = Generator(config.latent, config.width, side, generator_channels(config, teacher))
     return SynthesisDraws(
@@ -85,7 +90,7 @@ def draw_synthesis(
             box=draws.resized_crop_boxes(boxes, shape, side, config.scale, config.ratio),
             box_flip=draws.flips(boxes, shape, config.flip),
         ),
-        negatives=draws.negative_rows(rng("negatives"), config.steps, stored, config.negatives),
+        negatives=draws.negative_rows(rng("negatives"), shape[0], stored, config.negatives),
     )
 
 
@@ -142,7 +147,9 @@ class Synthesizer:
         mapping: Tensor | None,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Synthesised:
-        """One call: ``config.steps`` generator steps, the best step's images and features kept.
+        """One call: a generator step a row of the draws, at most ``config.steps`` of them.
+
+        The images and features of the step with the lowest total loss are kept.
 
         Args:
             drawn: its random numbers.
@@ -151,7 +158,7 @@ class Synthesizer:
             mapping: A's class for each of the teacher's; None where A is the teacher.
             on_step: called with the number of finished steps and the total loss (a tensor).
         """
-        step, steps = self._step, self.config.steps
+        step, steps = self._step, min(drawn.steps, self.config.steps)
         advance = step.begin(drawn, student, mapping)
         for done in range(1, steps + 1):
             advance(done == steps)
@@ -160,6 +167,6 @@ class Synthesizer:
         best = step.best
         self.features.add(best.features)
         return Synthesised(
-            quantise(best.images), drawn.targets, best.features.clone(), step.losses.cpu(),
+            quantise(best.images), drawn.targets, best.features.clone(), step.losses[:steps].cpu(),
             int(best.step),
         )  # fmt: skip

@@ -110,8 +110,8 @@ class SynthesisStep:
         """Set everything to the start of a call.
 
         Returns:
-            What does a step, told whether it is the last one: generator and latent, which nobody
-            needs any more, then stay where they are (in a captured graph they do not).
+            What does a step, told whether it is the last one: generator and latent, where nobody
+            needs them any more, then stay where they are (in a captured graph they do not).
         """
         load_weights(self.generator, drawn.weights)
         self.generator.train()
@@ -136,7 +136,7 @@ class SynthesisStep:
         run = self._runs[call]
 
         def advance(last: bool) -> None:
-            if last and not run.graphed:
+            if last and not run.graphed and self.config.start == "fresh":
                 self._move(call, last=True)
             else:
                 run()
