@@ -31,7 +31,7 @@ from kiop_fast.runtime.profile import Counter as Operations
 from kiop_fast.runtime.profile import StepProfiler, stage
 from kiop_fast.runtime.split_linear import split_linear
 from kiop_fast.runtime.state import load_optimizer, optimizer_tensors
-from kiop_fast.runtime.static_step import StaticStep, rehearse
+from kiop_fast.runtime.static_step import StaticStep, hold, rehearse
 from kiop_fast.source.classifier import trainable_copy
 from kiop_fast.store import Storing, Term, core_loss, draw_storing, provider_loss, vanilla_loss
 from kiop_fast.synthesize import ImageBank, Synthesizer, draw_synthesis
@@ -389,6 +389,20 @@ def test_a_replayed_step_gives_what_calling_it_gives() -> None:
         ])  # fmt: skip
     for replayed, called in zip(*left, strict=True):
         torch.testing.assert_close(replayed, called, rtol=2e-3, atol=1e-4)
+
+
+def test_a_table_of_fewer_steps_lies_where_the_longer_one_lay() -> None:
+    held: dict[str, Tensor] = {}
+    hold(held, CPU, crop=torch.zeros(4, 3), mapping=torch.tensor([1, 2]))
+    before = {name: table.data_ptr() for name, table in held.items()}
+    hold(held, CPU, crop=torch.ones(2, 3), mapping=torch.tensor([2, 1]))
+    assert {name: table.data_ptr() for name, table in held.items()} == before
+    assert held["crop"].tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 2
+    assert held["mapping"].tolist() == [2, 1]
+    for longer in ({"crop": torch.ones(5, 3)}, {"mapping": torch.tensor([0])}):
+        hold(held, CPU, **longer)
+        ((name, table),) = longer.items()
+        assert held[name].tolist() == table.tolist()
 
 
 def test_every_region_is_compiled_once_while_the_bank_grows(

@@ -162,7 +162,9 @@ def _explained() -> Iterator[None]:
 
 
 def hold(held: dict[str, Tensor], device: torch.device, **tables: Tensor | None) -> None:
-    """Copy a period's tables to where a step reads them; where the shape stays, in place.
+    """Copy a period's tables to where a step reads them; in place where they fit.
+
+    A table of rows a step, which may be fewer than those before, fits in the first of them.
 
     Args:
         held: by name; changed.
@@ -172,10 +174,16 @@ def hold(held: dict[str, Tensor], device: torch.device, **tables: Tensor | None)
         old = held.get(name)
         if table is None:
             held.pop(name, None)
-        elif old is not None and old.shape == table.shape:
-            old.copy_(table)
+        elif old is not None and _fits(table, old):
+            old[: len(table)].copy_(table)
         else:
             held[name] = table.to(device, copy=True)
+
+
+def _fits(table: Tensor, old: Tensor) -> bool:
+    if table.ndim < 2:
+        return table.shape == old.shape
+    return table.shape[1:] == old.shape[1:] and len(table) <= len(old)
 
 
 def row_of(table: Tensor, at: Tensor) -> Tensor:

@@ -127,7 +127,8 @@ class SynthesisStep:
         )  # fmt: skip
         graphs = self.execution.graphs and self.device.type == "cuda"
         window, sampled = self.features.window(padded=graphs), drawn.negatives is not None
-        call = _Call(student, 0 if sampled else window, sampled)
+        places = tuple(table.data_ptr() for table in self._tables.values())
+        call = _Call(student, 0 if sampled else window, sampled, places)
         if call not in self._runs:
             self._runs[call] = StaticStep(
                 partial(self._move, call), self._state, self.device, self.execution.graphs,
@@ -220,8 +221,10 @@ class _Call:
         student: A's unmapped logits through the prompt.
         cached: rows of the feature bank that take part where they are not sampled.
         sampled: negatives come from a table.
+        places: of the tables.
     """
 
     student: Student
     cached: int
     sampled: bool
+    places: tuple[int, ...]
