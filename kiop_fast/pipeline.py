@@ -28,6 +28,7 @@ from kiop_fast.prompt.artefact import (
     save_prompt,
 )
 from kiop_fast.run import Run
+from kiop_fast.run_state import restore, run_state
 from kiop_fast.runtime.device import choose_device, use_threads
 from kiop_fast.runtime.files import save_tensors
 from kiop_fast.runtime.memory import explained_memory
@@ -103,7 +104,7 @@ def train(
         prepare(run)
     folder.begin()
     if restored:
-        run.load(restored, folder.bank)
+        restore(run, restored, folder.bank)
     if profile:
         run.profiles = Profiles(folder.path / "profile")
     for epoch in range(folder.epochs_done, config.epochs):
@@ -111,7 +112,7 @@ def train(
             metrics, timings = train_epoch(run, folder, epoch, progress)
         if on_epoch is not None:
             on_epoch(run, metrics, timings)
-        folder.save_epoch(metrics, timings, run.state(), prints)
+        folder.save_epoch(metrics, timings, run_state(run), prints)
     sources.check_unchanged()
     artefact = save_result(run, folder)
     folder.clear_scratch()

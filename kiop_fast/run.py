@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,6 @@ from kiop_fast.runtime.execution import PLAIN
 from kiop_fast.runtime.optimizers import set_rate, sgd
 from kiop_fast.runtime.profile import OnStep, Profiles
 from kiop_fast.runtime.progress import Progress
-from kiop_fast.runtime.state import (
-    load_module,
-    load_optimizer,
-    module_tensors,
-    optimizer_tensors,
-)
 from kiop_fast.runtime.watch import check_finite, reporter
 from kiop_fast.source import DropoutDraws
 from kiop_fast.source.classifier import trainable_copy
@@ -296,38 +290,3 @@ class Run:
         for cells in rounded.cells:
             cells.data = cells.data.half().to(cells.dtype)
         return rounded.requires_grad_(False)
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that the next epoch depends on, apart from the banks."""
-        tensors = module_tensors((self.prompt or self.student), "model")  # type: ignore[arg-type]
-        tensors |= optimizer_tensors(self.optimizer, "sgd")
-        for task in self.tasks:
-            if task.mapping is not None:
-                tensors[f"{task.name}.mapping"] = task.mapping
-            if task.synthesizer is not None:
-                head = task.synthesizer.head
-                tensors |= module_tensors(head, f"{task.name}.head")
-                tensors |= optimizer_tensors(task.synthesizer.head_optimizer, f"{task.name}.adam")
-            if task.start is not None:
-                tensors |= task.start.tensors(f"{task.name}.start")
-        return tensors
-
-    def load(
-        self, tensors: Mapping[str, Tensor],
-        bank: Callable[[str], Iterable[Mapping[str, Tensor]]],
-    ) -> None:  # fmt: skip
-        """Continue from :meth:`state` and the banks on disk."""
-        load_module((self.prompt or self.student), tensors, "model")  # type: ignore[arg-type]
-        load_optimizer(self.optimizer, tensors, "sgd")
-        for task in self.tasks:
-            if task.mapping is not None:
-                task.mapping.copy_(tensors[f"{task.name}.mapping"])
-            if task.synthesizer is None:
-                continue
-            load_module(task.synthesizer.head, tensors, f"{task.name}.head")
-            load_optimizer(task.synthesizer.head_optimizer, tensors, f"{task.name}.adam")
-            if task.start is not None:
-                task.start.load(tensors, f"{task.name}.start")
-            for made in bank(task.name):
-                task.bank.add(made["images"], made["targets"])
-                task.synthesizer.features.add(made["features"])

@@ -13,6 +13,7 @@ from kiop_fast.config_io import dump_toml
 from kiop_fast.dropin.checkpoint import UpstreamCheckpoint, read_checkpoint
 from kiop_fast.errors import ArtefactError, ConfigError, RunError
 from kiop_fast.run import Run
+from kiop_fast.run_state import run_state
 from kiop_fast.runtime.device import choose_device
 from kiop_fast.runtime.files import atomic_write, load_tensors, save_tensors
 
@@ -89,7 +90,7 @@ def _begin_at(job: Job, out: Path, start: int, old: Path | None) -> None:
             if int(file.stem) < start:
                 (out / "banks" / folder.name).mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, out / "banks" / folder.name / file.name)
-    save_tensors(out / "checkpoint.safetensors", run.state(), facts)
+    save_tensors(out / "checkpoint.safetensors", run_state(run), facts)
     atomic_write(out / "config.toml", dump_toml(config))
 
 
