@@ -21,6 +21,7 @@ from kiop_fast.pretrain import cached_source_path
 from kiop_fast.prompt import check_class_counts
 from kiop_fast.run import Run
 from kiop_fast.runtime.device import threads
+from kiop_fast.runtime.profile import OnStep
 from kiop_fast.source import (
     Source,
     SourceSpec,
@@ -33,6 +34,7 @@ from kiop_fast.source.schemes import build_untrained
 from kiop_fast.sources import Sources
 
 _STEPS = 2  # of each period that are run to see that they run, and to time them
+_GPU_STEPS = 12  # the first of them is no measure there
 _ADAM = 4  # copies of the head: weights, gradients, two moments
 _BYTES = 4  # fp32
 
@@ -205,30 +207,59 @@ def _memory(config: RunConfig, sources: Sources, device: torch.device) -> Check:
     return Check("memory of the run", "FAIL", said, fix)
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds a step of a period of ``_STEPS``; on a GPU of the second, kernels being compiled."""
-    seconds = 0.0
-    for _ in range(2 if device.type == "cuda" else 1):
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - began
-    return seconds / _STEPS
+class _Stopwatch:
+    """Stands where a run's profiler would: when the steps of a period ended.
+
+    Attributes:
+        ends: perf_counter of every finished step, by period.
+    """
+
+    def __init__(self) -> None:
+        self.ends: dict[str, list[float]] = {}
+
+    def watch(self, name: str, then: OnStep | None) -> OnStep:
+        ends = self.ends.setdefault(name, [])
+
+        def on_step(done: int, total: torch.Tensor) -> None:
+            if total.is_cuda:
+                torch.cuda.synchronize(total.device)
+            ends.append(time.perf_counter())
+            if then is not None:
+                then(done, total)
+
+        return on_step
+
+
+def seconds_a_step(run: Run, period: Callable[[], object], steps: int) -> float:
+    """Of one step of each of a period's tasks, together.
+
+    On a GPU without the first step, which compiles, searches and captures; on a CPU of the period
+    as a whole.
+    """
+    stopwatch = _Stopwatch()
+    run.profiles = stopwatch  # type: ignore[assignment]
+    began = time.perf_counter()
+    period()
+    whole = time.perf_counter() - began
+    run.profiles = None
+    if run.device.type != "cuda":
+        return whole / steps
+    return sum((ends[-1] - ends[0]) / (len(ends) - 1) for ends in stopwatch.ends.values())
 
 
 def _time(config: RunConfig, sources: Sources, device: torch.device) -> Check:
     """A few steps of both periods, run as the run would, and the rest by counting."""
+    steps = _STEPS if device.type == "cpu" else _GPU_STEPS
     short = dataclasses.replace(
         config,
-        synthesis=dataclasses.replace(config.synthesis, steps=_STEPS, meta_steps=0, calls=1),
-        storing=dataclasses.replace(config.storing, steps=_STEPS),
+        synthesis=dataclasses.replace(config.synthesis, steps=steps, meta_steps=0, calls=1),
+        storing=dataclasses.replace(config.storing, steps=steps),
     )
     with tempfile.TemporaryDirectory() as scratch, threads(config.threads):
         run = Run(short, sources, device, Path(scratch), load_inner(config))
         seconds = {
-            "synthesis": _timed(lambda: run.synthesize(0, None), device),
-            "storing": _timed(lambda: run.store(0, None), device),
+            "synthesis": seconds_a_step(run, lambda: run.synthesize(0, None), steps),
+            "storing": seconds_a_step(run, lambda: run.store(0, None), steps),
         }
     period = config.synthesis
     making = [task for task in run.tasks if task.synthesizer is not None]
@@ -241,5 +272,5 @@ def _time(config: RunConfig, sources: Sources, device: torch.device) -> Check:
     return Check("time of the run", "pass", f"about {duration(total)}: {calls:,} synthesize calls, "
                  f"{synthesis_steps:,} steps at {1e3 * step:.1f} ms, "
                  f"{turns} × {config.storing.steps} prompt steps at "
-                 f"{1e3 * seconds['storing']:.1f} ms (measured over {_STEPS} steps with empty "
+                 f"{1e3 * seconds['storing']:.1f} ms (measured over {steps} steps with empty "
                  "feature banks; without evaluation)")  # fmt: skip
