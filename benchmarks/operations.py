@@ -187,9 +187,15 @@ def bank_replay(scale: Scale) -> Operation:
         return normalise(global_view(images, crop, flip, 4), MEAN, STD)
 
     def ours(function: Function) -> Function:
+        made: dict[Any, list[Tensor]] = {}
+
         def call(bank: Tensor, index: Tensor, crop: Tensor, flip: Tensor, like: Tensor) -> Any:
             wide = torch.promote_types(like.dtype, torch.float32)
-            mean, std = (torch.tensor(x, dtype=wide, device=bank.device) for x in (MEAN, STD))
+            if (bank.device, wide) not in made:
+                made[bank.device, wide] = [
+                    torch.tensor(x, dtype=wide, device=bank.device) for x in (MEAN, STD)
+                ]
+            mean, std = made[bank.device, wide]
             return function(bank, index, crop=crop, flip=flip, pad=4, mean=mean, std=std,
                             dtype=like.dtype)  # fmt: skip
 

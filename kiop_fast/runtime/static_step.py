@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
@@ -81,7 +82,7 @@ class StaticStep:
             self.body()
             return
         if self._graph is None:
-            with torch.cuda.device(self.device), _explained():
+            with torch.cuda.device(self.device):
                 self._graph = self._capture()
             self.captures += 1
         self._graph.replay()
@@ -95,9 +96,10 @@ class StaticStep:
             rehearse(self.body, self.state, _REHEARSALS, _no_waiting)
             try:
                 # Loaders may work in threads of their own meanwhile.
-                with torch.cuda.graph(
+                whole = torch.cuda.graph(
                     graph, self._scratch.pool, side, capture_error_mode="thread_local"
-                ):
+                )
+                with _explained(), whole:
                     self.body()
             except BaseException:
                 abandon(graph, self._scratch)
@@ -137,9 +139,12 @@ def abandon(graph: torch.cuda.CUDAGraph, scratch: Scratch) -> None:
 def _no_waiting() -> Iterator[None]:
     """Inside, an operation that waits for the GPU is an error."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it does not find every such operation
+        torch.cuda.set_sync_debug_mode("error")
     try:
-        yield
+        with _explained():
+            yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
 

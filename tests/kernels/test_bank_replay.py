@@ -217,6 +217,7 @@ def test_kernel_compiles_whole() -> None:
 def test_graph_replay_equals_eager(dtype: torch.dtype) -> None:
     bank, options = make("power of two", dtype, DEVICE)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         bank_replay(bank, **options)
     torch.cuda.current_stream().wait_stream(side)

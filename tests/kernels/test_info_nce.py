@@ -350,6 +350,7 @@ def test_graph_replay_follows_a_growing_bank(dtype: torch.dtype) -> None:
         return [loss.detach(), *torch.autograd.grad(loss, queries)]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)

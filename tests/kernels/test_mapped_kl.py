@@ -356,6 +356,7 @@ def test_graph_replay_equals_eager(case: str) -> None:
         return [loss.detach(), agreement, *torch.autograd.grad(loss, leaves)]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)

@@ -275,6 +275,7 @@ def test_graph_replay_equals_eager() -> None:
         return [canvas, *torch.autograd.grad(canvas.square().sum(), cells)]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)

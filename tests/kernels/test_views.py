@@ -282,6 +282,7 @@ def test_graph_replay_equals_eager(dtype: torch.dtype) -> None:
         return [shown, *torch.autograd.grad((shown * weights).sum(), images)]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
