@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tomli_w
-
 from kiop_fast.config import RunConfig, to_dict
 from kiop_fast.errors import ConfigError, unknown_name
 
@@ -107,4 +105,6 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 def dump_toml(config: RunConfig) -> str:
     """The config as TOML text; ``from_dict(RunConfig, tomllib.loads(text))`` gives it back."""
+    import tomli_w  # steps, kernels and banks need none
+
     return tomli_w.dumps(to_dict(config))
