@@ -9,32 +9,26 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_periods import parts
 from stand_ins import tiny_source, wave
-from tolerances import ABSOLUTE, ENGINES
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kiop_fast.config import PromptConfig, RunConfig, StoringConfig, SynthesisConfig
-from kiop_fast.engine import engine
-from kiop_fast.errors import ConfigError, GraphError
+from kiop_fast.config import StoringConfig
+from kiop_fast.errors import GraphError
 from kiop_fast.kernels import dispatch
-from kiop_fast.prompt import Prompt, PromptedModel
 from kiop_fast.runtime import draws, optimizers
-from kiop_fast.runtime.execution import AS_SET, PLAIN, Execution
+from kiop_fast.runtime.execution import Execution
 from kiop_fast.runtime.profile import Counter as Operations
-from kiop_fast.runtime.profile import StepProfiler, stage
-from kiop_fast.runtime.split_linear import split_linear
-from kiop_fast.runtime.state import load_optimizer, optimizer_tensors
 from kiop_fast.runtime.static_step import StaticStep, hold, rehearse
 from kiop_fast.source.classifier import trainable_copy
-from kiop_fast.store import Storing, Term, core_loss, draw_storing, provider_loss, vanilla_loss
-from kiop_fast.synthesize import ImageBank, Synthesizer, draw_synthesis
+from kiop_fast.store import Storing, Term, draw_storing, vanilla_loss
+from kiop_fast.synthesize import ImageBank, draw_synthesis
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -55,52 +49,6 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen[func.__name__] += 1
         return func(*args, **(kwargs or {}))
-
-
-def parts(device: torch.device, steps: int = 6, execution: Execution = PLAIN) -> Any:
-    """Synthesizer and storing of one provider behind one prompt."""
-    facts = {"mean": (0.5, 0.4, 0.45), "std": (0.25, 0.3, 0.2)}
-    a, b = tiny_source("a", 7, 1, **facts), tiny_source("b", 5, 2, **facts)
-    for source in (a, b):
-        source.model.to(device)
-    prompt = Prompt(8, (11, 20)).to(device)
-    mapping = torch.tensor([3, 0, 6, 1, 5], device=device)
-    core, seen = PromptedModel(a, prompt, 1), PromptedModel(a, prompt, 2, mapping)
-    config = SynthesisConfig(batch=6, steps=steps, latent=12, width=5, pad=2, negatives=40)
-    made = Synthesizer(
-        b, config, b.info, side=8, bank_rows=64, seed=0, task="b", device=device,
-        execution=execution,
-    )  # fmt: skip
-    banks = {name: ImageBank(3, 8, device, 60) for name in "ab"}
-    for bank in banks.values():
-        bank.add((wave(9, 3, 8, 8).abs() * 255).to(torch.uint8), torch.zeros(9, dtype=torch.int64))
-    terms = [
-        Term("a", 1.0, banks["a"], a, False, core_loss(core, 3.0, "prompted")),
-        Term("b", 1.0, banks["b"], b, False, provider_loss(seen, b, 3.0, "provider")),
-    ]
-    optimizer = optimizers.sgd(prompt.parameters(), 0.5, 0.9, 1e-4)
-    storing = Storing(terms, optimizer, steps, execution)
-
-    def synthesize(epoch: int, on_step: Any = None) -> Any:
-        drawn = draw_synthesis(
-            config, b, 8, seed=0, epoch=epoch, task="b", call=0, stored=made.features.stored
-        )
-        prompt.requires_grad_(False)
-        result = made.synthesize(drawn, seen.logits, mapping, on_step)
-        prompt.requires_grad_(True)
-        return result
-
-    def store(epoch: int, on_step: Any = None) -> Tensor:
-        drawn = {
-            term.name: draw_storing(
-                StoringConfig(steps=steps, batch=5), term.source.info, len(term.bank.images), 5,
-                seed=0, epoch=epoch, task=term.name,
-            )
-            for term in terms
-        }  # fmt: skip
-        return storing.run(drawn, on_step)
-
-    return made, storing, prompt, synthesize, store
 
 
 @pytest.mark.parametrize("period", ["synthesize", "store"])
@@ -199,181 +147,6 @@ def test_a_rehearsal_gives_back_what_a_learning_models_batchnorm_saw() -> None:
     storing.at.zero_()
     rehearse(storing._move, storing._state, 3)
     assert all(torch.equal(value, after[name]) for name, value in student.state_dict().items())
-
-
-def test_loaded_moments_lie_where_they_lay() -> None:
-    """Captured steps know the address, fused optimisers ask for the parameter's layout."""
-    weight = wave(4, 3, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
-    optimizer = optimizers.sgd([weight], 0.1, 0.9, 0.0)  # type: ignore[list-item]
-    moment = optimizer.state[weight]["momentum_buffer"]
-    place, saved = moment.data_ptr(), wave(4, 3, 2, 2, pace=0.3)
-    load_optimizer(optimizer, {"sgd.0.momentum_buffer": saved}, "sgd")
-    now = optimizer.state[weight]["momentum_buffer"]
-    assert now.data_ptr() == place
-    assert now.stride() == weight.stride()
-    assert torch.equal(optimizer_tensors(optimizer, "sgd")["sgd.0.momentum_buffer"], saved)
-    fresh = torch.optim.SGD([weight], 0.1, momentum=0.9)  # nothing is there yet
-    load_optimizer(fresh, {"sgd.0.momentum_buffer": saved}, "sgd")
-    assert torch.equal(fresh.state[weight]["momentum_buffer"], saved)
-
-
-def test_adam_and_sgd_are_torchs(double: None) -> None:
-    """The optimisers with state made at once follow torch's default ones."""
-    ours = [wave(5, 3).requires_grad_(), wave(4, 3, 2, 2).requires_grad_()]
-    ours[1].data = ours[1].data.contiguous(memory_format=torch.channels_last)
-    theirs = [p.detach().clone().requires_grad_() for p in ours]
-    pairs = [
-        (optimizers.adam(ours, 0.1, (0.5, 0.999)), torch.optim.Adam(theirs, 0.1, (0.5, 0.999))),
-        (
-            optimizers.sgd(ours, 0.1, 0.9, 0.01),
-            torch.optim.SGD(theirs, 0.1, 0.9, weight_decay=0.01),
-        ),
-    ]
-    for one, other in pairs:
-        for k in range(4):
-            optimizers.set_gradients(sum((p**2).sum() * (k + 1) for p in ours), ours)  # type: ignore[arg-type]
-            for p in theirs:
-                p.grad = 2 * (k + 1) * p.detach()
-            one.step()
-            other.step()
-            for p, q in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
-    optimizers.restart(pairs[0][0])
-    assert all((value == 0).all() for value in optimizers.state_tensors(pairs[0][0]))
-    optimizers.set_rate(pairs[1][0], 0.25)
-    assert pairs[1][0].param_groups[0]["lr"] == 0.25
-
-
-def test_gradients_take_the_layout_of_their_parameter() -> None:
-    weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
-    optimizers.set_gradients((weight * torch.arange(48.0).view(4, 3, 2, 2)).sum(), [weight])
-    assert weight.grad is not None
-    assert weight.grad.stride() == weight.stride()
-    assert torch.equal(weight.grad, torch.arange(48.0).view(4, 3, 2, 2))
-
-
-def test_profile_counts_and_times_stages(tmp_path: Path) -> None:
-    a, b = torch.ones(16, 32), torch.ones(32, 8)
-    counter = Operations()
-    with counter, stage("product"):
-        _ = a @ b
-    assert counter.flops == {"product": 2 * 16 * 32 * 8}
-    assert counter.bytes["product"] == 4 * (16 * 32 + 32 * 8 + 16 * 8)
-
-    _, _, _, synthesize, _ = parts(CPU, steps=9)
-    profiler = StepProfiler(tmp_path / "profile", "synthesize b")
-    profiler.start()
-    synthesize(0, profiler)
-    rows = profiler.rows()
-    names = [name for name, *_ in rows]
-    assert {"generator", "views", "teacher", "student", "contrastive", "backward"} < set(names)
-    assert names[-1] == "step"
-    assert sum(ms for name, ms, *_ in rows[:-1]) <= rows[-1][1] * 1.01
-    assert (tmp_path / "profile" / "synthesize b.json").stat().st_size > 1000
-
-
-def test_half_precision_stays_near_single() -> None:
-    """bf16 has 8 bits: losses of the first step agree to a few parts in a hundred."""
-    single = parts(CPU)[3](0).losses[0]
-    half = parts(CPU, execution=Execution("bf16"))[3](0).losses[0]
-    assert half.dtype == torch.float32
-    assert not torch.equal(single, half)
-    torch.testing.assert_close(
-        half[[0, 1, 3, 4]], single[[0, 1, 3, 4]], rtol=ENGINES["bf16"], atol=ABSOLUTE["bf16"]
-    )
-
-
-def test_three_bf16_products_are_nearly_fp32() -> None:
-    """Each factor keeps 16 bits, so a sum errs by at most 3 · 2⁻¹⁷ of its terms' magnitudes."""
-    x, w, b = wave(40, 70, pace=0.7), wave(30, 70, pace=1.3), wave(30)
-    inputs = [t.clone().requires_grad_() for t in (x, w, b)]
-    cotangent = wave(40, 30, pace=0.3)
-    ours = split_linear(*inputs)
-    gradients = torch.autograd.grad(ours, inputs, cotangent)
-    x, w, b, g = (t.double() for t in (x, w, b, cotangent))
-    for found, exact, size in (
-        (ours, x @ w.T + b, x.abs() @ w.abs().T),
-        (gradients[0], g @ w, g.abs() @ w.abs()),
-        (gradients[1], g.T @ x, g.abs().T @ x.abs()),
-    ):
-        assert found.dtype == torch.float32
-        assert ((found - exact).abs() <= size * 3 * 2**-17 + 1e-6).all()
-    torch.testing.assert_close(gradients[2], g.sum(0).float())
-    rough = x.bfloat16() @ w.T.bfloat16() + b.bfloat16()
-    assert (rough - x @ w.T - b).abs().max() > 30 * (ours - x @ w.T - b).abs().max()
-
-
-def test_the_head_takes_three_products_when_asked() -> None:
-    single = parts(CPU)[3](0).losses
-    split = parts(CPU, execution=Execution("bf16x3"))[3](0).losses
-    assert not torch.equal(single, split)
-    torch.testing.assert_close(split[0], single[0], rtol=1e-5, atol=1e-6)
-
-
-def test_precision_that_the_device_lacks() -> None:
-    with pytest.raises(ConfigError, match="lacks the precision asked for") as error:
-        engine("fast").execution(RunConfig(precision="tf32"), CPU)
-    assert "tf32 on cpu" in str(error.value)
-    assert "one of fp32, bf16" in str(error.value)
-    with pytest.raises(ConfigError, match="precision"):
-        RunConfig(precision="fp16")
-    with pytest.raises(ConfigError, match="reference engine"):
-        RunConfig(engine="reference", precision="bf16")
-
-
-@pytest.mark.parametrize("outside", ["highest", "high"])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16x3", "bf16"])
-def test_products_are_tf32_where_asked_and_only_there(precision: str, outside: str) -> None:
-    """Also by the old names of torch's flags, which refuse to answer where old and new differ."""
-
-    def flags() -> tuple[str, bool, bool]:
-        products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-        return torch.get_float32_matmul_precision(), products.allow_tf32, convolutions.allow_tf32
-
-    before = flags()
-    torch.set_float32_matmul_precision(outside)
-    try:
-        around = flags()
-        with Execution(precision).products(CUDA):
-            tf32 = precision == "tf32"
-            assert flags() == ("high" if tf32 else "highest", tf32, tf32)
-        assert flags() == around
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-
-
-def test_steps_search_for_algorithms_and_leave_the_flags_as_they_were() -> None:
-    cudnn = torch.backends.cudnn
-    assert not cudnn.benchmark
-    with PLAIN.products(CUDA):
-        assert not cudnn.benchmark
-    with PLAIN.products(CUDA, search=True):
-        assert cudnn.benchmark
-    assert not cudnn.benchmark
-    cudnn.deterministic = True
-    try:
-        with PLAIN.products(CUDA, search=True):
-            assert not cudnn.benchmark
-    finally:
-        cudnn.deterministic = False
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_flags_as_set_stay_as_set(allowed: bool) -> None:
-    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
-    cudnn.allow_tf32 = allowed
-    try:
-        with Execution(AS_SET).products(CUDA, search=True):
-            assert cudnn.allow_tf32 == allowed
-    finally:
-        cudnn.allow_tf32 = before
-
-
-def test_dropout_that_stays_on_rules_graphs_out() -> None:
-    assert engine("fast").execution(RunConfig(), CPU)["execution"].graphs
-    upstream = RunConfig(prompt=PromptConfig(dropout=True))
-    assert not engine("fast").execution(upstream, CPU)["execution"].graphs
-    assert engine("reference").execution(RunConfig(engine="reference"), CPU) == {}
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """How closely engines must agree, by precision; tests and benchmarks read it here.
 
 fp64 and fp32 hold over a whole epoch of tiny models (``test_engines_agree.py``), bf16, whose
-products have 8 bits, for the losses of a first step (``test_static_step.py``).  tf32 keeps 10 bits
+products have 8 bits, for the losses of a first step (``test_execution.py``).  tf32 keeps 10 bits
 of a product's factors: over a step of ResNet-18 its relative error was measured as 2.9e-4.
 """
 
