@@ -119,16 +119,16 @@ def prompt_step(
         )  # fmt: skip
 
 
-def test_prompt_step_on_whole_canvases(
+def test_prompt_step_windowed(
     contestant: tuple[str, str], sizes: Scale, measure: Measure, once: Callable[..., Any],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The fast engine without windows: what they are worth on this GPU and precision."""
+    """The fast engine with windows: what they are worth on this GPU and precision."""
     if contestant[0] != "fast" or measure.session.device.type != "cuda":
         pytest.skip("windows are the fast engine's; on a CPU they are measured: docs/engine.md")
-    monkeypatch.setattr(prompted, "WHOLE", 0.0)
-    prompt_step(sizes.problem.with_(cached=0), "prompt step, whole canvases", contestant, sizes,
-                measure, once, tmp_path)  # fmt: skip
+    monkeypatch.setattr(prompted, "DEVICES", [*prompted.DEVICES, "cuda"])
+    prompt_step(sizes.problem.with_(cached=0), "prompt step, windowed", contestant, sizes, measure,
+                once, tmp_path)  # fmt: skip
 
 
 def test_epoch(

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from kiop_fast.errors import MappingError
 from kiop_fast.prompt.rings import Prompt
-from kiop_fast.prompt.windowed import WHOLE, windowed
+from kiop_fast.prompt.windowed import DEVICES, WHOLE, windowed
 from kiop_fast.runtime.execution import PLAIN
 from kiop_fast.source import DropoutDraws, Source, batch_statistics, batchnorm_layers
 
@@ -61,7 +61,8 @@ class PromptedModel:
     def worn(self, images: Tensor) -> Tensor:
         """As :meth:`seen`; where the canvas is much larger than the image, windowed."""
         side, outer = self.prompt.side, self.prompt.canvas_side(self.depth)
-        if side * side > WHOLE * outer * outer or torch.compiler.is_compiling():
+        small = side * side <= WHOLE * outer * outer and images.device.type in DEVICES
+        if not small or torch.compiler.is_compiling():
             return self.seen(images)
         return windowed(self.prompt.border(self.depth), images, self.prompt.corner(self.depth))
 

@@ -27,6 +27,10 @@ from kiop_fast.prompt.window_grads import Paste, WindowedBatchNorm
 # every layer.  Measured: see docs/engine.md.
 WHOLE = 0.3
 
+# Where windows were measured to pay.  On a GPU each of their many small operations is a kernel of
+# its own; not measured there yet: row "prompt step, windowed" of the benchmarks.
+DEVICES = ["cpu"]
+
 
 class Windowed(Tensor):
     """(N, C, H, W) whose rows are equal outside a window.
