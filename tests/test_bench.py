@@ -132,3 +132,8 @@ def test_report_tells_the_time_to_the_references_accuracy(tmp_path: Path) -> Non
     assert "| reference | 60.0 % | 40.0 % | 110 | 110 |" in page.read_text()
     assert "| fast | 63.0 % | 43.0 % | 22 | 22 |" in page.read_text()
     assert list(tmp_path.glob("images/performance/*accuracy.png"))
+    assert "| prompt step, bf16 | 0.5 ms, 25× upstream | not yet measured |" in page.read_text()
+    records[0] = run | {"driver": "580.1"}
+    rows.write_text("\n".join(map(json.dumps, records)))
+    subprocess.run([*done.args], check=True, capture_output=True)
+    assert "not yet measured" not in page.read_text()
