@@ -55,7 +55,8 @@ def _speedups(figure: Any, machine: Machine, rows: list[Compared]) -> bool:
         mine = {row.stage: row.ratio for row in chosen if row.engine == engine}
         where = [stages.index(stage) + (k - len(engines) / 2 + 0.5) * height for stage in mine]
         axes.barh(where, list(mine.values()), height, label=engine,
-                  color=COLOURS.get(engine.split(" ")[0]))  # fmt: skip
+                  color=COLOURS.get(engine.split(" ")[0]),
+                  alpha=0.5 if engine.endswith("bf16") else 1)  # fmt: skip
     axes.set_yticks(range(len(stages)), stages, fontsize=7)
     axes.invert_yaxis()
     axes.axvline(1, color="black", lw=0.8)
@@ -100,6 +101,7 @@ def _scaling(figure: Any, machine: Machine, rows: list[Compared]) -> bool:
             grid[1, column].plot(size, memory, "o-", ms=3)
         grid[0, column].set_yscale("log")
         grid[1, column].set_xlabel(name)
+        grid[1, column].set_ylim(bottom=0)
     grid[0, 0].set_ylabel("ms a step")
     grid[1, 0].set_ylabel("peak memory, MiB")
     grid[0, 0].legend(fontsize=7)

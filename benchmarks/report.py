@@ -102,12 +102,17 @@ def summary(found: list[Machine]) -> str:
         rows = [r for r in machine.rows() if r.group in groups and r.engine.startswith("fast")]
         if not rows:
             continue
-        lines += [f"{machine.name}, scale {machine.scale}:", "",
-                  "| | fast | times as fast as `reference` |", "|---|---|---|"]  # fmt: skip
+        lines += [
+            f"{machine.name}, scale {machine.scale}:",
+            "",
+            "| | engine | time | times as fast as `reference` |",
+            "|---|---|---|---|",
+        ]
         for row in rows:
             assert row.seconds is not None
             ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
-            lines.append(f"| {row.stage} | {seconds_text(row.seconds)} | {ratio} |")
+            time = seconds_text(row.seconds)
+            lines.append(f"| {row.stage} | {row.engine} | {time} | {ratio} |")
         lines.append("")
     return "\n".join(lines)
 

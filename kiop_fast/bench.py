@@ -136,7 +136,7 @@ def compared(records: Iterable[Record]) -> list[Compared]:
     stages: dict[str, list[Compared]] = {}
     for (stage, engine, precision), row in latest.items():
         base = _baseline(latest, stage)
-        several = sum(key[:2] == (stage, engine) for key in latest) > 1
+        several = len({key[2] for key in latest if key[1] == engine}) > 1
         comparable = base is not None and base["digest"] == row["digest"]
         stages.setdefault(stage, []).append(Compared(
             row["group"], stage, f"{engine} {precision}" if several else engine, row["median"],
