@@ -73,10 +73,10 @@ def test_scaling(
     with engines.running_at(precision):
         expected = once(lambda: world("reference").synthesizing("A")(), "scaling", problem.digest())
         made = world(engine)
-        call = made.synthesizing("A")
-        gates.check_synthesis(call(), expected, precision)
+        gates.check_synthesis(made.synthesizing("A")(), expected, precision)
         measure(
-            call, setup=lambda: made.rewind("A"), group="scaling", stage=stage, engine=engine,
-            precision=precision, digest=problem.digest(), per=problem.config.synthesis.steps,
-            rounds=2, warm=extra_warmth(engine, device), **where,
+            made.stepping("A"), setup=lambda: made.rewind("A"), group="scaling", stage=stage,
+            engine=engine, precision=precision, digest=problem.digest(),
+            per=problem.config.synthesis.steps, rounds=2, warm=extra_warmth(engine, device),
+            **where,
         )  # fmt: skip

@@ -68,10 +68,10 @@ def test_synthesis_step(
     expected, flop = once(by_reference, "synthesis", problem.digest(), task)
     with engines.running_at(precision, engine):
         made = world(engine, precision)
-        call = made.synthesizing(task)
-        results: list[Any] = []
-        counted = flop_of(lambda: results.append(call())) if countable(engine, device) else 0.0
-        gates.check_synthesis(results[0] if results else call(), expected, precision)
+        gates.check_synthesis(made.synthesizing(task)(), expected, precision)
+        made.rewind(task)
+        call = made.stepping(task)
+        counted = flop_of(call) if countable(engine, device) else 0.0
         measure(
             call, setup=lambda: made.rewind(task), group="synthesis step",
             stage=f"synthesis step for {task}, {cached} negatives", engine=engine,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,12 @@ from kiop_fast.runtime.profile import Counter
 from kiop_fast.source import Source, batchnorm_layers, freeze
 from kiop_fast.source.zoo import build
 from kiop_fast.store import Term, draw_storing
-from kiop_fast.synthesize import Synthesised, draw_synthesis, generator_channels
+from kiop_fast.synthesize import (
+    SynthesisDraws,
+    Synthesised,
+    draw_synthesis,
+    generator_channels,
+)
 
 SEED = 0
 MEAN, STD = (0.5, 0.4, 0.45), (0.25, 0.3, 0.2)
@@ -57,6 +63,10 @@ def feature_rows(count: int, width: int) -> Tensor:
     return torch.randn(count, 2 * width, generator=torch.Generator().manual_seed(width))
 
 
+class _Enough(Exception):
+    """Raised after the last step that is wanted."""
+
+
 class Job:
     """One task of a world.
 
@@ -72,8 +82,9 @@ class Job:
         problem, config = world.problem, world.problem.config
         self.name, self.source, self.depth, self.mapping = name, source, depth, mapping
         features = sum(layer.num_features for layer in batchnorm_layers(source.model).values())
+        synthesis, more = config.synthesis, int(world.spares_last)  # for `stepping`
         self.system = world.engine.synthesizer(
-            source, config.synthesis, source.info, side=config.side,
+            source, replace(synthesis, steps=synthesis.steps + more), source.info, side=config.side,
             bank_rows=problem.cached + 8 * config.synthesis.batch, seed=SEED, task=name,
             device=world.device, **world.execution,
         )  # fmt: skip
@@ -118,6 +129,7 @@ class World:
         config, side = problem.config, problem.config.side
         fast = engine.name == "fast"
         self.execution = {"execution": Execution(precision)} if fast else {}
+        self.spares_last = fast and device.type == "cpu"
         self.target, *providers = (
             make_source(problem.arch, classes, side, seed)
             for seed, classes in enumerate(problem.classes)
@@ -164,18 +176,48 @@ class World:
         """The task's feature bank holds ``problem.cached`` rows again."""
         self.jobs[name].system.features.added = self.problem.cached
 
-    def synthesizing(self, name: str, epoch: int = 0) -> Callable[[], Synthesised]:
-        """One synthesize call of a task, its draws already made."""
+    def _drawn(self, name: str, epoch: int) -> SynthesisDraws:
         job, config = self.jobs[name], self.problem.config
-        drawn = draw_synthesis(
+        return draw_synthesis(
             config.synthesis, job.source, config.side, seed=SEED, epoch=epoch, task=name, call=0,
             stored=job.system.features.stored,
         )  # fmt: skip
+
+    def synthesizing(self, name: str, epoch: int = 0) -> Callable[[], Synthesised]:
+        """One synthesize call of a task, its draws already made."""
+        job, drawn = self.jobs[name], self._drawn(name, epoch)
 
         def call() -> Synthesised:
             with self._fixed():
                 result: Synthesised = job.system.synthesize(drawn, job.prompted.logits, job.mapping)
             return result
+
+        return call
+
+    def stepping(self, name: str) -> Callable[[], object]:
+        """As many steps as a synthesize call of a task has, none of them a call's last.
+
+        In a call's last step the fast engine on a CPU moves neither generator nor latent: one step
+        in 200 of the paper's, but of two every other one.  So a longer call is broken off.
+        """
+        if not self.spares_last:
+            return self.synthesizing(name)
+        job, steps = self.jobs[name], self.problem.config.synthesis.steps
+        drawn = self._drawn(name, 0)
+        tables = {field: torch.cat([t, t[:1]]) for field, t in vars(drawn.views).items()}
+        sampled = drawn.negatives
+        longer = replace(
+            drawn, views=draws.ViewDraws(**tables),
+            negatives=None if sampled is None else torch.cat([sampled, sampled[:1]]),
+        )  # fmt: skip
+
+        def enough(done: int, _: Tensor) -> None:
+            if done == steps:
+                raise _Enough
+
+        def call() -> None:
+            with self._fixed(), suppress(_Enough):
+                job.system.synthesize(longer, job.prompted.logits, job.mapping, enough)
 
         return call
 

@@ -12,7 +12,7 @@ from kiop_fast.config import PromptConfig, RunConfig
 from kiop_fast.engine import engine
 from kiop_fast.errors import ConfigError
 from kiop_fast.runtime.execution import AS_SET, PLAIN, Execution
-from kiop_fast.runtime.split_linear import split_linear
+from kiop_fast.runtime.linear import linear, split_product
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -34,7 +34,7 @@ def test_three_bf16_products_are_nearly_fp32() -> None:
     x, w, b = wave(40, 70, pace=0.7), wave(30, 70, pace=1.3), wave(30)
     inputs = [t.clone().requires_grad_() for t in (x, w, b)]
     cotangent = wave(40, 30, pace=0.3)
-    ours = split_linear(*inputs)
+    ours = linear(*inputs, product=split_product)
     gradients = torch.autograd.grad(ours, inputs, cotangent)
     x, w, b, g = (t.double() for t in (x, w, b, cotangent))
     for found, exact, size in (

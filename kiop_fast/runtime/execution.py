@@ -66,6 +66,10 @@ class Execution:
             if self.precision != AS_SET:
                 _use_tf32(*before)
 
+    def factors(self, dtype: torch.dtype) -> torch.dtype:
+        """What autocast makes of the factors of a product that come as ``dtype``."""
+        return torch.bfloat16 if self.precision == "bf16" else dtype
+
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Around a forward pass: its products and convolutions in bfloat16 if that is asked for."""
         if self.precision != "bf16":

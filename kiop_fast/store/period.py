@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kiop_fast.runtime import optimizers
 from kiop_fast.runtime.execution import PLAIN, Execution
+from kiop_fast.runtime.heap import kept_heap
 from kiop_fast.runtime.profile import stage
 from kiop_fast.runtime.static_step import Scratch, StaticStep
 from kiop_fast.store.draws import StoringDraws
@@ -67,6 +68,13 @@ class Storing:
             whose arg-max agrees.
         """
         self.at.zero_()
+        with kept_heap(self.device):
+            self._period(drawn, on_step)
+        return self.log.cpu()
+
+    def _period(
+        self, drawn: Mapping[str, StoringDraws], on_step: Callable[[int, Tensor], None] | None
+    ) -> None:
         with self.execution.products(self.device), self.execution.autocast(self.device):
             for replay in self._replays:
                 replay.begin(drawn[replay.term.name])
@@ -80,7 +88,6 @@ class Storing:
                 on_step(done, self.totals[done - 1])
         for replay in self._replays:
             replay.end()
-        return self.log.cpu()
 
     def _step(self) -> StaticStep:
         """The step over what the banks' readers hold now."""

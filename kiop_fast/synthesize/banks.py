@@ -59,14 +59,17 @@ class FeatureBank:
     Args:
         capacity: rows kept.
         width: of one feature; a row is twice as wide.
+        dtype: what the rows are used as; they are rounded once, when they are written.
 
     Attributes:
         rows: (capacity, 2 width).
         count: rows stored, 0-d on the device; None unless a padded window was asked for.
     """
 
-    def __init__(self, capacity: int, width: int, device: torch.device) -> None:
-        self.rows = torch.zeros(capacity, 2 * width, device=device)
+    def __init__(
+        self, capacity: int, width: int, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        self.rows = torch.zeros(capacity, 2 * width, device=device, dtype=dtype)
         self.count: Tensor | None = None
         self.added = 0
 

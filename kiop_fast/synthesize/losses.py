@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kiop_fast.kernels import info_nce, mapped_kl
+from kiop_fast.runtime.linear import Product, Worked, linear
 
 TERMS = ("bn", "oh", "adv", "cr", "total")
 
@@ -33,21 +34,35 @@ class ProjectionHead(nn.Module):
         features: width of the input.
         hidden: width of the hidden layer; 0 for as wide as the input.
         dim: width of the embedding.
-        linear: how the two layers multiply.
+        product: of two matrices, in both layers; None: torch's.
     """
 
     def __init__(
-        self, features: int, hidden: int, dim: int,
-        linear: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear,
-    ) -> None:  # fmt: skip
+        self, features: int, hidden: int, dim: int, product: Product | None = None
+    ) -> None:
         super().__init__()
-        self.linear = linear
+        self.product = product
         self.first = nn.Linear(features, hidden or features)
         self.second = nn.Linear(hidden or features, dim)
 
-    def forward(self, features: Tensor) -> Tensor:
-        hidden = F.relu(self.linear(features, self.first.weight, self.first.bias))
-        return F.normalize(self.linear(hidden, self.second.weight, self.second.bias), dim=1)
+    def forward(
+        self, features: Tensor, fixed: Tensor, worked: Sequence[Worked] | None = None
+    ) -> Tensor:
+        """Embed [features; fixed], (N + M, dim); the fixed rows pass no gradient.
+
+        Args:
+            features: (N, features).
+            fixed: (M, features).
+            worked: the parameters as a step's products take them; None: as they are.
+        """
+        values: Iterable[Tensor] = self.parameters()
+        into: list[Tensor | None] = [None] * 4
+        if worked is not None:
+            values, into = [w.value for w in worked], [w.grad for w in worked]
+        first, first_bias, second, second_bias = values
+        hidden = linear(features, first, first_bias, fixed, self.product, into[0]).relu_()
+        embedded = linear(hidden, second, second_bias, None, self.product, into[2])
+        return F.normalize(embedded, dim=1)
 
 
 def head_weights(rng: np.random.Generator, head: ProjectionHead) -> dict[str, Tensor]:
@@ -63,7 +78,7 @@ def head_weights(rng: np.random.Generator, head: ProjectionHead) -> dict[str, Te
 
 
 def contrastive_loss(
-    head: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor, Tensor], Tensor],
     local: Tensor,
     global_: Tensor,
     cached_local: Tensor,
@@ -78,18 +93,17 @@ def contrastive_loss(
     added; with an empty bank there is no cached term.
 
     Args:
-        head: the projection head.
+        head: the projection head, of moving and of fixed rows.
         local, global_: (N, F) features of this batch.
         cached_local, cached_global: (n, F) rows of the feature bank.
         count: how many of the cached rows hold features, 0-d on the device; None: all.
     """
     batch, cached = len(local), len(cached_local)
-    queries = head(local)
+    queries = head(local, cached_local)
     with torch.no_grad():
-        keys = head(torch.cat([global_, cached_global]))
+        keys = head(global_, cached_global)
     weights = local.new_full((batch + cached,), 1.0 / batch)
     if cached:
-        queries = torch.cat([queries, head(cached_local)])
         weights[batch:] = 1.0 / (cached if count is None else count.clamp(min=1))
     valid = None if count is None else count + batch
     return info_nce(queries, keys, temperature, weights, num_keys=valid)

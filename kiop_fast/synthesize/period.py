@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kiop_fast.config import SynthesisConfig
 from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.runtime import draws
 from kiop_fast.runtime.execution import PLAIN, Execution
+from kiop_fast.runtime.heap import kept_heap
+from kiop_fast.runtime.linear import split_product
 from kiop_fast.runtime.optimizers import adam
-from kiop_fast.runtime.split_linear import split_linear
 from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.synthesize.banks import FeatureBank, quantise
 from kiop_fast.synthesize.generator import Generator, generator_weights, load_weights
@@ -124,12 +124,13 @@ class Synthesizer:
         self.generator.to(memory_format=torch.channels_last)
         self.head = ProjectionHead(
             features, config.head_width, config.head_dim,
-            split_linear if execution.precision == "bf16x3" else F.linear,
+            split_product if execution.precision == "bf16x3" else None,
         )  # fmt: skip
         load_weights(self.head, head_weights(draws.generator(seed, 0, task, "head"), self.head))
         self.head.to(device)
         self.head_optimizer = adam(self.head.parameters(), config.lr)
-        self.features = FeatureBank(bank_rows, features, device)
+        factors = execution.factors(self.head.first.weight.dtype)  # the head takes its rows so
+        self.features = FeatureBank(bank_rows, features, device, factors)
         self._step = SynthesisStep(
             teacher, config, normaliser, self.generator, self.head, self.head_optimizer,
             self.features, execution,
@@ -159,11 +160,12 @@ class Synthesizer:
             on_step: called with the number of finished steps and the total loss (a tensor).
         """
         step, steps = self._step, min(drawn.steps, self.config.steps)
-        advance = step.begin(drawn, student, mapping)
-        for done in range(1, steps + 1):
-            advance(done == steps)
-            if on_step is not None:
-                on_step(done, step.losses[done - 1, -1])
+        with kept_heap(step.device):
+            advance = step.begin(drawn, student, mapping)
+            for done in range(1, steps + 1):
+                advance(done == steps)
+                if on_step is not None:
+                    on_step(done, step.losses[done - 1, -1])
         best = step.best
         self.features.add(best.features)
         return Synthesised(

@@ -16,6 +16,7 @@ from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.kernels import views
 from kiop_fast.runtime import optimizers
 from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.linear import Worked
 from kiop_fast.runtime.profile import stage
 from kiop_fast.runtime.static_step import Scratch, StaticStep, hold, row_of
 from kiop_fast.source import BatchNormTaps, Source
@@ -77,10 +78,12 @@ class SynthesisStep:
         self.device = like.device
         self.mean, self.std = like.new_tensor(normaliser.mean), like.new_tensor(normaliser.std)
         self._generate: Any = generator
-        self._embed: Any = head
+        self._worked = [Worked(p, features.rows.dtype) for p in head.parameters()]
+        embed: Any = head
         if execution.compile:
             self._generate = torch.compile(generator)
-            self._embed = torch.compile(head, dynamic=True)  # its rows grow with the bank
+            embed = torch.compile(head, dynamic=True)  # its rows grow with the bank
+        self._embed = partial(embed, worked=self._worked)
 
         images, steps, side = config.batch, config.steps, 4 * generator.seed_side
         self.z = like.new_zeros(images, config.latent).requires_grad_()
@@ -172,9 +175,10 @@ class SynthesisStep:
             self.losses.index_copy_(0, self.at.view(1), torch.stack(terms)[None])
             self.best.offer(self.at, total, images, features)
             self.at.add_(1)
-        learned = [*([] if last else self._learned), *self._head_learned]
+        moved = [] if last else self._learned
+        head = [worked.value for worked in self._worked] if self._head_learned else []
         with stage("backward"):
-            optimizers.set_gradients(total, learned)
+            optimizers.set_gradients(total, [*moved, *self._head_learned], [*moved, *head])
         with stage("optimisers"):
             if not last:
                 self.optimizer.step()
@@ -205,6 +209,8 @@ class SynthesisStep:
                 cached = self.features.pairs(
                     self._row("negatives") if call.sampled else slice(call.cached)
                 )
+                for worked in self._worked:
+                    worked.refresh()
                 cr = contrastive_loss(
                     self._embed, local, global_, *cached, config.cr_temperature,
                     None if call.sampled else self.features.count,
