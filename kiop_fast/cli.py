@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
-from typer.core import TyperGroup
 
-from kiop_fast.errors import KiopError
-
-_ARGUMENTS = "kiop_fast.arguments"
-
-
-class Commands(TyperGroup):
-    """Errors made on purpose print as one message; Ctrl-C says how to go on."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta[_ARGUMENTS] = list(args)
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (KiopError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo(_interrupted(ctx.meta[_ARGUMENTS]), err=True)
-            raise typer.Exit(130) from None
-
-
-def _interrupted(arguments: list[str]) -> str:
-    if arguments[:1] != ["train"]:
-        return "\nstopped"
-    again = [*arguments, *(["--resume"] if "--resume" not in arguments else [])]
-    return f"\nstopped; finished epochs are kept. Continue with:\n  kiop-fast {shlex.join(again)}"
-
+from kiop_fast.command_group import Commands
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
