@@ -56,6 +56,15 @@ def test_the_head_takes_three_products_when_asked() -> None:
     torch.testing.assert_close(split[0], single[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_callers_autocast_has_no_part_in_a_period(precision: str) -> None:
+    execution = Execution(precision)
+    expected = parts(CPU, execution=execution)[3](0).losses
+    with torch.autocast("cpu", torch.bfloat16):
+        found = parts(CPU, execution=execution)[3](0).losses
+    assert torch.equal(found, expected)
+
+
 def test_precision_that_the_device_lacks() -> None:
     with pytest.raises(ConfigError, match="lacks the precision asked for") as error:
         engine("fast").execution(RunConfig(precision="tf32"), CPU)

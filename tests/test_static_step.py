@@ -195,6 +195,16 @@ def test_every_region_is_compiled_once_while_the_bank_grows(
     assert counted == [3] + 8 * [5]
 
 
+def test_compiled_regions_learn_as_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through torch's tracing of forward and backward, with an empty bank and with rows in it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    eager, compiled = (parts(CPU, execution=Execution(compile=on))[3] for on in (False, True))
+    for epoch in range(2):
+        torch.testing.assert_close(
+            compiled(epoch).losses, eager(epoch).losses, rtol=1e-4, atol=1e-5
+        )
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_captures_grow_with_the_banks_buckets_not_with_epochs() -> None:

@@ -152,7 +152,8 @@ def fixed_bytes(config: RunConfig, sources: Sources) -> dict[str, float]:
         hidden = period.head_width or width
         head = (width + 1) * hidden + (hidden + 1) * period.head_dim
         held["projection heads"] += _ADAM * _BYTES * head if period.cr else 0
-        held["feature banks"] += _BYTES * 2 * width * min(period.bank_rows, images)
+        row = 2 * width * (2 if config.precision == "bf16" else _BYTES)
+        held["feature banks"] += row * min(period.bank_rows, images)
         held["image banks"] += images * source.info.channels * config.side**2
     return held
 

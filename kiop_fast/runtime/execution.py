@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +46,22 @@ class Execution:
     def products(self, device: torch.device, *, search: bool = False) -> Iterator[None]:
         """Inside, forward and backward, fp32 products and convolutions are TF32 or nothing less.
 
+        A caller's own autocast has no part in it, unless precision is ``as set``.
+
         Args:
             search: cudnn times its algorithms for every new convolution and keeps the fastest: for
                 steps that are done over and over.  Not where torch was told to be deterministic.
         """
-        if device.type != "cuda":
+        with ExitStack() as stack:
+            if self.precision != AS_SET:
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            if device.type == "cuda":
+                stack.enter_context(self._flags(search=search))
             yield
-            return
+
+    @contextmanager
+    def _flags(self, *, search: bool) -> Iterator[None]:
+        """cudnn's search and TF32."""
         cudnn, before = torch.backends.cudnn, _tf32()
         searched = cudnn.benchmark
         deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
@@ -67,7 +76,7 @@ class Execution:
                 _use_tf32(*before)
 
     def factors(self, dtype: torch.dtype) -> torch.dtype:
-        """What autocast makes of the factors of a product that come as ``dtype``."""
+        """What a product's factors become that come as ``dtype``."""
         return torch.bfloat16 if self.precision == "bf16" else dtype
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:

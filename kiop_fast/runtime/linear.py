@@ -39,73 +39,47 @@ def split_product(a: Tensor, b: Tensor) -> Tensor:
     return left.float() @ right.float()  # products of bfloat16 numbers are exact in fp32
 
 
-class Worked:
-    """A parameter as the products of a step take it; nothing of its size is made anew a step.
-
-    Args:
-        parameter: what the optimiser moves.
-        dtype: what products take.
-
-    Attributes:
-        value: the parameter itself if it has that dtype, else a copy, brought up to date by
-            :meth:`refresh`; the leaf that gradients are asked for.
-        grad: where a product writes the gradient of ``value``.
-    """
-
-    def __init__(self, parameter: Tensor, dtype: torch.dtype) -> None:
-        self.parameter = self.value = parameter
-        if parameter.dtype != dtype:
-            self.value = torch.empty_like(parameter, dtype=dtype).requires_grad_()
-        self.grad = torch.empty_like(self.value)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """After the parameter has moved."""
-        if self.value is not self.parameter:
-            self.value.copy_(self.parameter)
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, moving: Tensor, fixed: Tensor | None, weight: Tensor, bias: Tensor,
-        product: Product | None, into: Tensor | None,
+        product: Product | None,
     ) -> Tensor:  # fmt: skip
         rows = moving if fixed is None else torch.cat([moving.to(fixed.dtype), fixed])
-        ctx.save_for_backward(rows, weight)
-        ctx.moving, ctx.dtype, ctx.product, ctx.into = len(moving), moving.dtype, product, into
-        return F.linear(rows, weight, bias) if product is None else product(rows, weight.T) + bias
+        result = F.linear(rows, weight, bias) if product is None else product(rows, weight.T) + bias
+        # Under autocast the result is narrower than what came, and so are the gradient's products.
+        ctx.save_for_backward(rows.to(result.dtype), weight.to(result.dtype))
+        ctx.moving, ctx.product = len(moving), product or torch.mm
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        needs_moving, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        product, by_moving, by_weight = ctx.product or torch.mm, None, None
-        if needs_moving:
-            by_moving = product(grad[: ctx.moving], weight).to(ctx.dtype)
-        if needs_weight and ctx.into is not None and ctx.product is None:
-            by_weight = torch.mm(grad.T, rows, out=ctx.into)
-        elif needs_weight:
-            by_weight = product(grad.T, rows)
-        return by_moving, None, by_weight, grad.sum(0) if needs_bias else None, None, None
+        needs_moving, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        return (
+            ctx.product(grad[: ctx.moving], weight) if needs_moving else None,
+            None,
+            ctx.product(grad.T, rows) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+            None,
+        )
 
 
 def linear(
     moving: Tensor, weight: Tensor, bias: Tensor, fixed: Tensor | None = None,
-    product: Product | None = None, into: Tensor | None = None,
+    product: Product | None = None,
 ) -> Tensor:  # fmt: skip
     """``torch.nn.functional.linear`` of [moving; fixed] as one product each way.
 
     Args:
         moving: (N, in); they take a gradient.
         weight, bias: (out, in) and (out,).
-        fixed: (M, in), constants.
+        fixed: (M, in), constants in the dtype that is multiplied.
         product: of two matrices, for example :func:`split_product`; None: torch's.
-        into: where the weight's gradient is written (by torch's product); None: a new tensor.
 
     Returns:
         (N + M, out).
     """
-    result: Tensor = _Linear.apply(moving, fixed, weight, bias, product, into)
+    result: Tensor = _Linear.apply(moving, fixed, weight, bias, product)
     return result

@@ -64,23 +64,13 @@ def restart(optimizer: torch.optim.Optimizer) -> None:
         value.zero_()
 
 
-def set_gradients(
-    loss: Tensor, parameters: list[Tensor], through: list[Tensor] | None = None
-) -> None:
-    """``parameter.grad`` = d loss / d parameter, in the parameter's layout and dtype.
+def set_gradients(loss: Tensor, parameters: list[Tensor]) -> None:
+    """``parameter.grad`` = d loss / d parameter, laid out as the parameter.
 
     Fused optimisers walk parameter and gradient in the order of their memory.
-
-    Args:
-        through: the leaf that stood for each parameter; None: itself.
     """
     if not parameters:
         return
-    grads = torch.autograd.grad(loss, through or parameters)
-    for parameter, grad in zip(parameters, grads, strict=True):
-        if (grad.dtype, grad.stride()) == (parameter.dtype, parameter.stride()):
-            parameter.grad = grad
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
-        parameter.grad.copy_(grad)
+    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        same = grad.stride() == parameter.stride()
+        parameter.grad = grad if same else torch.empty_like(parameter).copy_(grad)

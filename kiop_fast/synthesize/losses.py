@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kiop_fast.kernels import info_nce, mapped_kl
-from kiop_fast.runtime.linear import Product, Worked, linear
+from kiop_fast.runtime.linear import Product, linear
 
 TERMS = ("bn", "oh", "adv", "cr", "total")
 
@@ -45,24 +45,23 @@ class ProjectionHead(nn.Module):
         self.first = nn.Linear(features, hidden or features)
         self.second = nn.Linear(hidden or features, dim)
 
+    def weights(self, dtype: torch.dtype) -> list[Tensor]:
+        """Both layers' weight and bias as ``dtype``, cast once for all calls of a step."""
+        return [parameter.to(dtype) for parameter in self.parameters()]
+
     def forward(
-        self, features: Tensor, fixed: Tensor, worked: Sequence[Worked] | None = None
+        self, features: Tensor, fixed: Tensor | None = None, weights: list[Tensor] | None = None
     ) -> Tensor:
         """Embed [features; fixed], (N + M, dim); the fixed rows pass no gradient.
 
         Args:
             features: (N, features).
-            fixed: (M, features).
-            worked: the parameters as a step's products take them; None: as they are.
+            fixed: (M, features); None: no rows.
+            weights: made by :meth:`weights`; None: the parameters.
         """
-        values: Iterable[Tensor] = self.parameters()
-        into: list[Tensor | None] = [None] * 4
-        if worked is not None:
-            values, into = [w.value for w in worked], [w.grad for w in worked]
-        first, first_bias, second, second_bias = values
-        hidden = linear(features, first, first_bias, fixed, self.product, into[0]).relu_()
-        embedded = linear(hidden, second, second_bias, None, self.product, into[2])
-        return F.normalize(embedded, dim=1)
+        first, first_bias, second, second_bias = weights or self.parameters()
+        hidden = linear(features, first, first_bias, fixed, self.product).relu_()
+        return F.normalize(linear(hidden, second, second_bias, product=self.product), dim=1)
 
 
 def head_weights(rng: np.random.Generator, head: ProjectionHead) -> dict[str, Tensor]:

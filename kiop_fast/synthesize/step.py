@@ -16,7 +16,6 @@ from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.kernels import views
 from kiop_fast.runtime import optimizers
 from kiop_fast.runtime.execution import Execution
-from kiop_fast.runtime.linear import Worked
 from kiop_fast.runtime.profile import stage
 from kiop_fast.runtime.static_step import Scratch, StaticStep, hold, row_of
 from kiop_fast.source import BatchNormTaps, Source
@@ -78,12 +77,10 @@ class SynthesisStep:
         self.device = like.device
         self.mean, self.std = like.new_tensor(normaliser.mean), like.new_tensor(normaliser.std)
         self._generate: Any = generator
-        self._worked = [Worked(p, features.rows.dtype) for p in head.parameters()]
-        embed: Any = head
+        self._embed: Any = head
         if execution.compile:
             self._generate = torch.compile(generator)
-            embed = torch.compile(head, dynamic=True)  # its rows grow with the bank
-        self._embed = partial(embed, worked=self._worked)
+            self._embed = torch.compile(head, dynamic=True)  # its rows grow with the bank
 
         images, steps, side = config.batch, config.steps, 4 * generator.seed_side
         self.z = like.new_zeros(images, config.latent).requires_grad_()
@@ -175,10 +172,9 @@ class SynthesisStep:
             self.losses.index_copy_(0, self.at.view(1), torch.stack(terms)[None])
             self.best.offer(self.at, total, images, features)
             self.at.add_(1)
-        moved = [] if last else self._learned
-        head = [worked.value for worked in self._worked] if self._head_learned else []
+        learned = [*([] if last else self._learned), *self._head_learned]
         with stage("backward"):
-            optimizers.set_gradients(total, [*moved, *self._head_learned], [*moved, *head])
+            optimizers.set_gradients(total, learned)
         with stage("optimisers"):
             if not last:
                 self.optimizer.step()
@@ -209,11 +205,10 @@ class SynthesisStep:
                 cached = self.features.pairs(
                     self._row("negatives") if call.sampled else slice(call.cached)
                 )
-                for worked in self._worked:
-                    worked.refresh()
+                weights = self.head.weights(self.features.rows.dtype)
                 cr = contrastive_loss(
-                    self._embed, local, global_, *cached, config.cr_temperature,
-                    None if call.sampled else self.features.count,
+                    partial(self._embed, weights=weights), local, global_, *cached,
+                    config.cr_temperature, None if call.sampled else self.features.count,
                 )  # fmt: skip
         total = config.bn * bn + config.oh * oh + config.adv * adv + config.cr * cr
         return [bn, oh, adv, cr, total], torch.cat([local, global_], dim=1).detach()
