@@ -77,7 +77,7 @@ def scale(name: str, *, gpu: bool) -> Scale:
 
 def _small() -> Scale:
     # Eight storing steps go through the bank once: the reference's loader starts once in them.
-    problem = _problem("resnet8", (26, 10), 16, (20, 32), width=32, steps=2, storing=8, bank=512)
+    problem = _problem("resnet8", (26, 10), 16, (20, 32), width=32, steps=4, storing=8, bank=512)
     return Scale(
         "small", problem, cached=(0, 256), rounds=3, seconds=0.2, data_bank=1024,
         info_nce_rows=320,

@@ -113,6 +113,20 @@ def no_student(images: Tensor) -> Tensor:
     raise AssertionError("not asked for while adv = 0")
 
 
+def test_the_head_by_its_formula() -> None:
+    """normalise(relu(x W₁ᵀ + b₁) W₂ᵀ + b₂), whichever rows are fixed; those pass no gradient."""
+    head = synthesize.ProjectionHead(5, 4, 3)
+    x = wave(6, 5).requires_grad_()
+    hidden = (x @ head.first.weight.T + head.first.bias).clamp(min=0)
+    expected = hidden @ head.second.weight.T + head.second.bias
+    expected = expected / expected.square().sum(1, keepdim=True).sqrt()
+    torch.testing.assert_close(head(x), expected)
+    torch.testing.assert_close(head(x[:2], x[2:]), expected)
+    (by_rows,) = torch.autograd.grad(head(x[:2], x[2:]).sum(), x)
+    assert not by_rows[2:].any()
+    torch.testing.assert_close(by_rows[:2], torch.autograd.grad(expected.sum(), x)[0][:2])
+
+
 @ROOMS
 def test_the_best_step_is_the_first_with_the_lowest_total(room: str) -> None:
     teacher = tiny_source("t", 5, 0)
