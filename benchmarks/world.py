@@ -198,7 +198,8 @@ class World:
         """As many steps as a synthesize call of a task has, none of them a call's last.
 
         In a call's last step the fast engine on a CPU moves neither generator nor latent: one step
-        in 200 of the paper's, but of two every other one.  So a longer call is broken off.
+        in 200 of the paper's, but of two every other one.  So a longer call is broken off, before
+        its end would put features and images away (milliseconds, which other engines pay).
         """
         if not self.spares_last:
             return self.synthesizing(name)
