@@ -21,6 +21,7 @@ from kiop_fast.runtime import draws
 from kiop_fast.runtime.execution import Execution
 from kiop_fast.runtime.optimizers import sgd
 from kiop_fast.runtime.profile import Counter
+from kiop_fast.runtime.static_step import Scratch
 from kiop_fast.source import Source, batchnorm_layers, freeze
 from kiop_fast.source.zoo import build
 from kiop_fast.store import Term, draw_storing
@@ -128,7 +129,8 @@ class World:
         self.problem, self.engine, self.device = problem, engine, device
         config, side = problem.config, problem.config.side
         fast = engine.name == "fast"
-        self.execution = {"execution": Execution(precision)} if fast else {}
+        execution = Execution(precision, scratch=Scratch(device))  # as a run makes it
+        self.execution = {"execution": execution} if fast else {}
         self.spares_last = fast and device.type == "cpu"
         self.target, *providers = (
             make_source(problem.arch, classes, side, seed)

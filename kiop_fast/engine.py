@@ -10,6 +10,7 @@ import torch
 
 from kiop_fast.config import RunConfig
 from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.static_step import Scratch
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Engine:
     def execution(self, config: RunConfig, device: torch.device) -> dict[str, Execution]:
         """The argument that only the fast engine's ``synthesizer`` and ``storing`` take.
 
+        Made once a run: its captured steps share stream and memory.
+
         Raises:
             ConfigError: the device lacks the precision.
         """
@@ -41,7 +44,7 @@ class Engine:
             return {}
         # Dropout masks are drawn on the host, layer by layer: nothing a graph could replay.
         graphs = config.graphs and not config.prompt.dropout
-        execution = Execution(config.precision, graphs, config.compile)
+        execution = Execution(config.precision, graphs, config.compile, Scratch(device))
         execution.check(device)
         return {"execution": execution}
 

@@ -46,6 +46,7 @@ class Run:
     ) -> None:  # fmt: skip
         self.config, self.sources, self.device, self.inner = config, sources, device, inner
         self.engine = engine(config.engine)
+        self.execution = self.engine.execution(config, device)
         if config.engine == "fast":
             # Strides alone change; a demo step on two CPU cores: synthesis 264 → 217 ms, storing
             # 116 → 81 ms (resnet8, 16², medians in one process).
@@ -65,7 +66,7 @@ class Run:
                 cells.data.copy_(given)
         self.tasks = make_tasks(
             config, sources, self.engine, inner_rings=len(inner_rings), device=device,
-            scratch=scratch,
+            scratch=scratch, execution=self.execution,
         )  # fmt: skip
         self.trained = self._trained_parameters(len(inner_rings))
         for cells in self.prompt.cells if self.prompt else ():
@@ -245,9 +246,8 @@ class Run:
         on_step = reporter(progress, self._stage(turn, "store"), 0, config.steps)
         if self._storing is None or self.config.prompt.dropout:
             self._storing = self.engine.storing(
-                self._terms(turn), self.optimizer, config.steps,
-                **self.engine.execution(self.config, self.device),
-            )  # fmt: skip
+                self._terms(turn), self.optimizer, config.steps, **self.execution
+            )
         self.log = log = self._storing.run(drawn, self._watched("store", on_step))
         names, epoch = [task.name for task in self.tasks], turn // self.config.rounds
         check_finite(log[:, : len(names)], [f"{name}.kl" for name in names], epoch, "storing")

@@ -25,6 +25,7 @@ from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.engine import Engine
 from kiop_fast.prompt import check_class_counts, disjoint_mappings, random_mapping
 from kiop_fast.runtime import draws
+from kiop_fast.runtime.execution import Execution
 from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.sources import Sources
 from kiop_fast.store import augmentation
@@ -78,12 +79,14 @@ def synthesis_normaliser(config: RunConfig, sources: Sources, source: Source) ->
 
 def make_tasks(
     config: RunConfig, sources: Sources, engine: Engine, *, inner_rings: int,
-    device: torch.device, scratch: Path,
+    device: torch.device, scratch: Path, execution: dict[str, Execution],
 ) -> list[Task]:  # fmt: skip
     """Every task that this run trains, A's own first.
 
     Args:
         inner_rings: rings taken over from an earlier prompt; A's own task is then done already.
+        scratch: folder for the reference engine's images.
+        execution: as :meth:`~kiop_fast.engine.Engine.execution` gives it.
 
     Raises:
         MappingError: an injective mapping is impossible.
@@ -93,12 +96,12 @@ def make_tasks(
     tasks = []
     if config.mode in ("bf", "b") and not inner_rings:
         tasks.append(_task(config, sources, engine, names[0], sources.target, 1, None,
-                           config.storing.alpha, device, scratch))  # fmt: skip
+                           config.storing.alpha, device, scratch, execution))  # fmt: skip
     mappings = initial_mappings(config, sources, names[1:])
     for i, (name, provider) in enumerate(zip(names[1:], sources.providers, strict=True)):
         depth = provider_depth(config, i, inner_rings)
         tasks.append(_task(config, sources, engine, name, provider, depth, mappings[i],
-                           config.storing.beta, device, scratch))  # fmt: skip
+                           config.storing.beta, device, scratch, execution))  # fmt: skip
     return tasks
 
 
@@ -131,6 +134,7 @@ def initial_mappings(config: RunConfig, sources: Sources, names: list[str]) -> l
 def _task(
     config: RunConfig, sources: Sources, engine: Engine, name: str, source: Source, depth: int,
     mapping: Tensor | None, weight: float, device: torch.device, scratch: Path,
+    execution: dict[str, Execution],
 ) -> Task:  # fmt: skip
     if source is sources.target and config.mode == "b":
         bank, feed = _real_images(config, source, device)
@@ -143,7 +147,7 @@ def _task(
     synthesizer = engine.synthesizer(
         source, period, synthesis_normaliser(config, sources, source), side=config.side,
         bank_rows=min(period.bank_rows, images), seed=config.seed, task=name, device=device,
-        **engine.execution(config, device),
+        **execution,
     )  # fmt: skip
     mapping = None if mapping is None else mapping.to(device)
     channels = generator_channels(period, source)

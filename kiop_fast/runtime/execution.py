@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from kiop_fast.errors import ConfigError
+from kiop_fast.runtime.static_step import Scratch
 
 AS_SET = "as set"
 
@@ -25,11 +26,14 @@ class Execution:
             ``as set`` leaves torch's own flags as its user set them.
         graphs: on CUDA, capture each step once and replay it.
         compile: put generator and projection head through torch.compile.
+        scratch: stream and memory that all captured steps of a run share; None: each owner of
+            steps has its own.
     """
 
     precision: str = "fp32"
     graphs: bool = True
     compile: bool = False
+    scratch: Scratch | None = field(default=None, compare=False, repr=False)
 
     def check(self, device: torch.device) -> None:
         """Raise ConfigError where ``device`` lacks the precision."""

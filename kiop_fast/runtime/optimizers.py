@@ -74,3 +74,9 @@ def set_gradients(loss: Tensor, parameters: list[Tensor]) -> None:
     for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         same = grad.stride() == parameter.stride()
         parameter.grad = grad if same else torch.empty_like(parameter).copy_(grad)
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """Move what it moves and let go of the gradients: nothing of a captured step stays behind."""
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

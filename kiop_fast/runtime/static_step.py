@@ -24,7 +24,7 @@ _broken: list[torch.cuda.CUDAGraph] = []
 
 
 class Scratch:
-    """Stream and memory pool of one owner's captures.
+    """Stream and memory pool of captures, of one run's or of one owner's.
 
     Its graphs never run at the same time and leave nothing behind but their static tensors, so
     they can lie on top of each other.

@@ -45,7 +45,7 @@ class Storing:
         models = [learner for learner in learners if isinstance(learner, nn.Module)]
         self._buffers = [buffer for model in models for buffer in model.buffers()]
         self._runs: dict[object, StaticStep] = {}
-        self._scratch = Scratch(like.device)
+        self._scratch = execution.scratch or Scratch(like.device)
 
     @property
     def captures(self) -> int:
@@ -125,7 +125,7 @@ class Storing:
         with stage("backward"):
             optimizers.set_gradients(total, self._learned)
         with stage("optimisers"):
-            self.optimizer.step()
+            optimizers.step(self.optimizer)
 
 
 def store(

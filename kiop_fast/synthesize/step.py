@@ -96,7 +96,7 @@ class SynthesisStep:
         )
         self._tables: dict[str, Tensor] = {}
         self._runs: dict[_Call, StaticStep] = {}
-        self._scratch = Scratch(self.device)
+        self._scratch = execution.scratch or Scratch(self.device)
         self._taps = BatchNormTaps(teacher.model, rows=images)
 
     @property
@@ -177,9 +177,9 @@ class SynthesisStep:
             optimizers.set_gradients(total, learned)
         with stage("optimisers"):
             if not last:
-                self.optimizer.step()
+                optimizers.step(self.optimizer)
             if self._head_learned:
-                self.head_optimizer.step()
+                optimizers.step(self.head_optimizer)
 
     def _terms(self, images: Tensor, call: _Call) -> tuple[list[Tensor], Tensor]:
         """Loss terms in the order of TERMS, and the batch's [local; global] features."""
