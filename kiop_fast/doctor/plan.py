@@ -142,7 +142,8 @@ def fixed_bytes(config: RunConfig, sources: Sources) -> dict[str, float]:
     period = config.synthesis
     held = {"models": 0.0, "projection heads": 0.0, "feature banks": 0.0, "image banks": 0.0}
     for source in (sources.target, *sources.providers):
-        held["models"] += _BYTES * _parameters(source.model)
+        narrow = 2 if config.precision == "bf16" else 0  # casts that are kept
+        held["models"] += (_BYTES + narrow) * _parameters(source.model)
         own = source is sources.target
         if own and config.mode in ("b", "t", "vanilla"):
             continue

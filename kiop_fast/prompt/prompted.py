@@ -94,11 +94,11 @@ def frozen_logits(
     """A's logits (N, classes) under a BatchNorm policy; ``calibrated`` without statistics, as
     while training, uses the batch's."""
     if batchnorm == "running":
-        return target.model(images)
+        return target.logits(images)
     if batchnorm == "calibrated" and statistics is not None:
         return functional_call(target.model, dict(statistics), (images,))
     with batch_statistics(target.model):
-        return target.model(images)
+        return target.logits(images)
 
 
 @torch.no_grad()

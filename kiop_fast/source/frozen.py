@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.errors import SourceError
+from kiop_fast.source.casts import FrozenCasts
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,16 @@ class Source:
     @property
     def classes(self) -> int:
         return len(self.info.classes)
+
+    @cached_property
+    def _casts(self) -> FrozenCasts:
+        return FrozenCasts(self.model)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, 3, s, s) normalised → (N, classes); under autocast without casting weights anew."""
+        with self._casts.active(images.device):
+            found: Tensor = self.model(images)
+        return found
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, C, s, s) in [0, 1] → (N, 3, s, s) normalised; grey is repeated."""

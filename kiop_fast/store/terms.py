@@ -111,11 +111,11 @@ def provider_loss(
 ) -> Imitation:
     """A learns a provider's job: KL_T(B(x) ‖ mapped A(γ x)) (paper eq. 6)."""
     return Imitation(
-        prompted.logits, provider.model, True, prompted.mapping, temperature,
+        prompted.logits, provider.logits, True, prompted.mapping, temperature,
         target_side != "provider",
     )  # fmt: skip
 
 
 def vanilla_loss(student: nn.Module, provider: Source, temperature: float) -> Imitation:
     """Mode ``vanilla``: a trainable copy of A imitates B, no prompt (SPEC section 6)."""
-    return Imitation(student, provider.model, True, None, temperature, False)
+    return Imitation(student, provider.logits, True, None, temperature, False)

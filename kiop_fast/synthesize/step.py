@@ -50,7 +50,7 @@ class Best:
         """Keep step ``at`` if its loss is the lowest; NaN replaces nothing but the first."""
         take = (loss < self.loss) | (at == 0)
         for kept, new in zip(self.tensors(), (images, features, loss, at), strict=True):
-            kept.copy_(torch.where(take, new, kept))
+            torch.where(take, new, kept, out=kept)
 
 
 class SynthesisStep:
@@ -191,7 +191,7 @@ class SynthesisStep:
                 channels_last=True,
             )  # fmt: skip
         with stage("teacher"), self._taps as taps:  # off again before the student runs: A may
-            logits = self.teacher.model(both)[:batch]  # be teacher and student
+            logits = self.teacher.logits(both)[:batch]  # be teacher and student
             bn, features = taps.take()
         global_, local = features.split(batch)
         oh = F.cross_entropy(logits, self.targets)

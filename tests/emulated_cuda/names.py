@@ -40,7 +40,15 @@ class _Autocast(torch.autocast):
     """To C++ the device's tensors are the CPU's, and so is their autocast."""
 
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+        super().__init__(_of_the_cpu(device_type), *args, **kwargs)
+
+
+def _of_the_cpu(device_type: str) -> str:
+    return "cpu" if device_type == "cuda" else device_type
+
+
+def _asked_of_the_cpu(function: Any) -> Any:
+    return lambda device_type: function(_of_the_cpu(device_type))
 
 
 def _set_sync_debug_mode(mode: Any) -> None:
@@ -84,6 +92,8 @@ def install() -> None:
         setattr(torch.cuda, name, value)
     torch.accelerator.current_stream = lambda *_: Stream()  # type: ignore[assignment]
     torch.autocast = _Autocast  # type: ignore[misc]
+    torch.is_autocast_enabled = _asked_of_the_cpu(torch.is_autocast_enabled)
+    torch.get_autocast_dtype = _asked_of_the_cpu(torch.get_autocast_dtype)
     plain = torch.autograd._engine_run_backward
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
