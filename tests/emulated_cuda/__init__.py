@@ -12,8 +12,8 @@ a module moved to it gets new parameters, where on a GPU they stay the same obje
 ``pytest -p emulated_cuda`` puts it in the place of torch's CUDA for the whole process.
 """
 
-from emulated_cuda.card import CARD, CudaTensor
 from emulated_cuda.calls import PythonCalls
+from emulated_cuda.card import CARD, CudaTensor
 from emulated_cuda.names import install
 
 __all__ = ["CARD", "CudaTensor", "PythonCalls", "install"]

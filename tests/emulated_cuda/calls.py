@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from emulated_cuda.card import CARD, CPU, CUDA, CudaTensor, below, on_card, tensors
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from emulated_cuda.card import CARD, CPU, CUDA, CudaTensor, below, on_card, tensors
 
 MOVES = (Tensor.to, Tensor.cuda, Tensor.cpu)
 FROM_NUMBERS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from emulated_cuda.card import CARD, below, tensors
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map
+
+from emulated_cuda.card import CARD, below, tensors
 
 
 class Foreign:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from emulated_cuda.calls import Operations, PythonCalls
 from emulated_cuda.card import CARD
 from emulated_cuda.graphs import Capture, Graph
