@@ -79,13 +79,17 @@ def wait(device: torch.device) -> None:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Most bytes allocated (GPU) or resident in this process (CPU) during a call, above before."""
+    """Most bytes reserved by torch (GPU) or resident in this process (CPU) during a call.
+
+    Reserved, not allocated: the memory of captured graphs counts, which replays use.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
     except OSError:

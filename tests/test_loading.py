@@ -18,6 +18,7 @@ from torchvision.transforms import functional as transforms
 
 from kiop_fast.config import LoadingConfig
 from kiop_fast.data import DatasetInfo, FileBank, FileSplit, Split, dali, open_feed, open_loader
+from kiop_fast.data.files import undecodable
 from kiop_fast.data.loader import uses_dali
 from kiop_fast.errors import DataError
 
@@ -325,6 +326,15 @@ def test_a_file_that_breaks_later_is_named(files: FileSplit, loading: LoadingCon
         rest = open_loader(files, INFO, batch=4, last="keep", loading=skip)
     assert rest.size == 11
     assert sum(len(x) for x, _ in rest.epoch(0)) == 11
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here DALI can start on a GPU")
+def test_files_are_not_blamed_where_dali_cannot_start(files: FileSplit) -> None:
+    decoder = dali.DaliDecoder(24, 3, 12, device_id=0, threads=1)
+    with pytest.raises(DataError, match="DALI cannot start") as error:
+        undecodable(decoder, list(files.paths))
+    assert "loader=torch" in str(error.value)
+    assert "CUDA" in str(error.value)
 
 
 def test_bank_of_files_reads_only_what_is_asked(files: FileSplit) -> None:

@@ -86,7 +86,11 @@ class Runner:
 
     @property
     def pipeline(self) -> Any:
-        """The built pipeline; made anew only after one of its batches failed."""
+        """The built pipeline; made anew only after one of its batches failed.
+
+        Raises:
+            DataError: DALI cannot work here at all, whatever the data.
+        """
         if self._pipeline is None:
             from nvidia.dali.pipeline import Pipeline
 
@@ -99,7 +103,17 @@ class Runner:
             )  # fmt: skip
             with made:
                 made.set_outputs(self._define())
-            made.build()
+            try:
+                made.build()
+            except RuntimeError as error:
+                raise DataError(
+                    "DALI cannot start its pipeline",
+                    got=str(error).strip().splitlines()[0],
+                    expected="DALI's build for this machine's CUDA driver"
+                    if self.device_id is not None
+                    else "a pipeline on the CPU",
+                    fix="set loading.loader=torch (--loader torch), which reads without DALI",
+                ) from error
             self._pipeline = made
         return self._pipeline
 

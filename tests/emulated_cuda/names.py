@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -32,6 +33,22 @@ class Stream:
         CARD.wait("synchronize")
 
 
+class Event:
+    """A moment of the host's clock."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.at = 0.0
+
+    def record(self, *_: Any) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        CARD.wait("synchronize")
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1000 * (later.at - self.at)
+
+
 @contextmanager
 def _nothing(*_: Any, **__: Any) -> Iterator[None]:
     yield
@@ -49,7 +66,7 @@ def _of_the_cpu(device_type: str) -> str:
 
 
 def _asked_of_the_cpu(function: Any) -> Any:
-    return lambda device_type: function(_of_the_cpu(device_type))
+    return lambda device_type="cpu": function(_of_the_cpu(device_type))
 
 
 def _set_sync_debug_mode(mode: Any) -> None:
@@ -72,11 +89,15 @@ _CUDA = {
     "get_device_capability": lambda *_: (9, 0),
     "get_device_properties": lambda *_: _PROPERTIES,
     "mem_get_info": lambda *_: (6 << 30, 8 << 30),
-    "max_memory_allocated": lambda *_: CARD.memory.peak[None],
+    "max_memory_reserved": lambda *_: CARD.memory.peak.total(),
+    "reset_peak_memory_stats": lambda *_: None,
     "empty_cache": lambda: None,
+    "get_rng_state": lambda *_: torch.get_rng_state(),  # one generator, the CPU's
+    "set_rng_state": lambda *_: None,
     "synchronize": lambda *_: CARD.wait("synchronize"),
     "Stream": Stream,
     "stream": _nothing,
+    "Event": Event,
     "current_stream": lambda *_: Stream(),
     "is_current_stream_capturing": lambda: CARD.capturing is not None,
     "CUDAGraph": Graph,
