@@ -65,18 +65,17 @@ TINY: dict[str, Any] = {
     "epochs": 2,
     "threads": 1,
     "prompt": {"rings": [11, 12], "mapping": "random", "calibration_batch": 4},
-    "synthesis": {"batch": 4, "calls": 2, "steps": 3, "latent": 8, "width": 4, "head_width": 8,
+    "synthesis": {"batch": 4, "steps": 3, "latent": 8, "width": 4, "head_width": 8,
                   "head_dim": 16, "pad": 1, "negatives": 10},
     "storing": {"steps": 3, "batch": 4, "pad": 1, "flip": 0.5, "augment_as_dataset": False},
     "evaluation": {"every": 0},
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
-    "bf": {},
+    "two calls, sampled negatives": {"synthesis": {"calls": 2}},
     "two providers": {"prompt": {"rings": [11, 12, 14]}},
     "one ring": {"mode": "t", "prompt": {"rings": [12]}},
     "vanilla": {"mode": "vanilla"},
     "running": {"prompt": {"batchnorm": "running"}},
-    "all rows": {"synthesis": {"negatives": 100}},
     "meta start": {"synthesis": {"start": "meta", "meta_steps": 2}},
 }
 

@@ -44,6 +44,15 @@ def test_gradients_take_the_layout_of_their_parameter() -> None:
     assert torch.equal(weight.grad, torch.arange(48.0).view(4, 3, 2, 2))
 
 
+def test_a_step_lets_go_of_its_gradients() -> None:
+    weight = wave(3).requires_grad_()
+    optimizer = optimizers.sgd([weight], 0.5, 0.0, 0.0)  # type: ignore[list-item]
+    optimizers.set_gradients((weight * torch.tensor([1.0, 2.0, 4.0])).sum(), [weight])
+    optimizers.step(optimizer)
+    assert torch.equal(weight.detach(), wave(3) - torch.tensor([0.5, 1.0, 2.0]))
+    assert weight.grad is None
+
+
 def test_loaded_moments_lie_where_they_lay() -> None:
     """Captured steps know the address, fused optimisers ask for the parameter's layout."""
     weight = wave(4, 3, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
