@@ -177,13 +177,14 @@ class Card:
                 return func(*args, **kwargs)
         self._look_for_waiting(func, given, kwargs)
         own = {id(tensor.inner): tensor for tensor in here}
+        numbers = {id(tensor) for tensor in given if not on_card(tensor)}
         args, kwargs = (tree_map(_unwrapped, part) for part in (args, kwargs))
         with below():
             if self.capturing is not None:
                 self.capturing.before(func, args, kwargs)
             found = func(*args, **kwargs)
             if self.capturing is not None:
-                self.capturing.after(func, args, kwargs, found)
+                self.capturing.after(func, args, kwargs, found, numbers)
         if func is aten.copy_.default and id(args[0]) not in own:
             return given[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -51,13 +52,26 @@ class Graph:
             if storage.data_ptr() not in self._own:
                 self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
 
-    def after(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
-        """Note an operation down."""
+    def after(
+        self, func: Any, args: Any, kwargs: Any, found: Any, by_value: Collection[int]
+    ) -> None:
+        """Note an operation down.
+
+        Args:
+            by_value: ids of numbers on the host, which are arguments of a kernel.
+        """
+
+        def held(value: Any) -> Any:
+            if not isinstance(value, Tensor) or id(value) in by_value:
+                return value
+            own = value.untyped_storage().data_ptr() in self._own
+            return value if own else Foreign(value)
+
         places = {tensor.untyped_storage().data_ptr() for tensor in tensors(args, kwargs)}
         made = [
             None if out.untyped_storage().data_ptr() in places else out for out in tensors(found)
         ]
-        self.calls.append((func, tree_map(self._held, args), tree_map(self._held, kwargs), made))
+        self.calls.append((func, tree_map(held, args), tree_map(held, kwargs), made))
         self._keep(made)
 
     def constant(self, tensor: Tensor) -> None:
@@ -70,10 +84,6 @@ class Graph:
         for out in made:
             if out is not None:
                 self._own[out.untyped_storage().data_ptr()] = out.untyped_storage()
-
-    def _held(self, value: Any) -> Any:
-        foreign = isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self._own
-        return Foreign(value) if foreign else value
 
     def end(self) -> None:
         """The capture is over: nothing has been done."""
