@@ -3,9 +3,9 @@
     python benchmarks/captured.py [--precision bf16] [--scale paper] [--by-operation]
 
 For a synthesis step of either task and a prompt step: operations that write memory (a GPU launches
-one kernel or a few for each), bytes that these read and write, and how often the host waits in a
-period.  Then memory: what lives outside of graphs, and what their pools need.  Memory that cudnn
-and cublas take for themselves, and fragments, come on top.
+one kernel or a few for each), and bytes that these read and write, each tensor whole.  Then memory:
+what lives outside of graphs, and what their pools need.  Memory that cudnn and cublas take for
+themselves, and fragments, come on top.
 
 Nothing here is a time.  Kernels of this project count as one operation; the emulation computes
 them by their eager twins, which takes minutes at the paper's sizes.
@@ -28,12 +28,13 @@ import emulated_cuda
 import torch
 from emulated_cuda.graphs import Foreign, Graph, written
 from sizes import scale
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from world import World
 
 from kiop_fast.engine import engine
 
 MB = 1 << 20
+OVERWRITE = ("copy_", "fill_", "zero_")  # what they change they do not read
 
 
 def operations(graph: Graph) -> tuple[Counter[str], Counter[str]]:
@@ -48,13 +49,13 @@ def operations(graph: Graph) -> tuple[Counter[str], Counter[str]]:
         changed = written(func, *_shown(args, kwargs))
         if fresh or changed:
             count[str(func)] += 1
+            written_only = changed if func.__name__.split(".")[0] in OVERWRITE else []
             moved[str(func)] += sum(map(_bytes, [*given, *fresh, *changed]))
+            moved[str(func)] -= sum(map(_bytes, written_only))
     return count, moved
 
 
 def _shown(*values: Any) -> Any:
-    from torch.utils._pytree import tree_map
-
     return tree_map(lambda value: value.take() if isinstance(value, Foreign) else value, values)
 
 
@@ -85,13 +86,9 @@ def main() -> None:
         ]
         for what, period, owner in [*periods, ("prompt step", world.store, world.storing)]:
             period()
-            before = emulated_cuda.CARD.waits
-            period()
-            waits = emulated_cuda.CARD.waits - before
             graph = list(owner._runs.values())[-1]._graph
             count, moved = operations(graph)
-            print(f"{what}: {count.total()} operations, {moved.total() / MB:.0f} MB, "
-                  f"{waits} wait(s) a period", flush=True)  # fmt: skip
+            print(f"{what}: {count.total()} operations, {moved.total() / MB:.0f} MB", flush=True)
             for name, size in moved.most_common(10 if options.by_operation else 0):
                 print(f"    {count[name]:4d} {name:45s} {size / MB:7.0f} MB")
     pools = [size / MB for pool, size in memory.peak.items() if pool is not None]

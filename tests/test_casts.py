@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +77,55 @@ def test_the_model_keeps_its_own_weights(source: Source) -> None:
     after = dict(source.model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     assert fingerprint(source.model) == source.sha256
+
+
+def test_running_out_of_memory_leaves_the_model_whole(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter([False, False, True])
+
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if next(calls):
+            raise torch.OutOfMemoryError("no memory")
+        return plain(tensor, *args, **kwargs)
+
+    fresh, plain = copy.deepcopy(source), Tensor.to
+    monkeypatch.setattr(Tensor, "to", to)
+    with half(), pytest.raises(torch.OutOfMemoryError):
+        fresh.logits(IMAGES)
+    monkeypatch.undo()
+    fresh.check_unchanged()
+
+
+def test_casts_made_in_inference_mode_serve_gradients(source: Source) -> None:
+    fresh = copy.deepcopy(source)
+    with torch.inference_mode(), half():
+        fresh.logits(IMAGES)
+    leaf = IMAGES.clone().requires_grad_()
+    with half():
+        assert torch.autograd.grad(fresh.logits(leaf).sum(), leaf)[0].any()
+
+
+def test_doubles_are_left_alone_as_by_autocast(source: Source) -> None:
+    fresh = copy.deepcopy(source)
+    fresh.model.double()
+    with half():
+        assert fresh.logits(IMAGES.double()).dtype == fresh.model(IMAGES.double()).dtype
+
+
+def test_copies_and_pickles_are_without_casts(source: Source) -> None:
+    before = len(pickle.dumps(copy.deepcopy(source)))
+    with half():
+        source.logits(IMAGES)
+    assert len(pickle.dumps(source)) == before
+
+
+def test_compiled_as_a_whole(source: Source) -> None:
+    fresh = copy.deepcopy(source)
+    compiled = torch.compile(fresh.logits, fullgraph=True, backend="eager")
+    for precision in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != torch.float32):
+            assert compiled(IMAGES).dtype == precision
 
 
 def test_a_model_that_was_laid_out_anew_is_cast_anew(source: Source) -> None:

@@ -106,13 +106,13 @@ class Runner:
             try:
                 made.build()
             except RuntimeError as error:
+                said = str(error).strip() or type(error).__name__
                 raise DataError(
                     "DALI cannot start its pipeline",
-                    got=str(error).strip().splitlines()[0],
-                    expected="DALI's build for this machine's CUDA driver"
-                    if self.device_id is not None
-                    else "a pipeline on the CPU",
-                    fix="set loading.loader=torch (--loader torch), which reads without DALI",
+                    got=said.splitlines()[0],
+                    expected="a DALI that fits this machine: its driver, its memory",
+                    fix="do without: loading.loader=torch (--loader torch) for image files, "
+                    "storing.replay=kernel for banks",
                 ) from error
             self._pipeline = made
         return self._pipeline

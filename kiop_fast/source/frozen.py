@@ -42,8 +42,15 @@ class Source:
     def _casts(self) -> FrozenCasts:
         return FrozenCasts(self.model)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles make casts of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_casts"}
+
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, s, s) normalised → (N, classes); under autocast without casting weights anew."""
+        if torch.compiler.is_compiling():  # compiled code casts as it sees fit
+            compiled: Tensor = self.model(images)
+            return compiled
         with self._casts.active(images.device):
             found: Tensor = self.model(images)
         return found

@@ -80,9 +80,10 @@ class FeatureBank:
 
     def add(self, features: Tensor) -> None:
         """Write (N, 2 width) over the oldest rows."""
-        position = (self.added + torch.arange(len(features))) % len(self.rows)
+        rows = torch.arange(len(features), device=self.rows.device)
+        position = (self.added + rows) % len(self.rows)
         newest = min(len(features), len(self.rows))
-        self.rows[position[-newest:].to(self.rows.device)] = features[-newest:].to(self.rows)
+        self.rows[position[-newest:]] = features[-newest:].to(self.rows)
         self.added += len(features)
 
     def window(self, *, padded: bool) -> int:

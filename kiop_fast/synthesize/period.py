@@ -168,7 +168,7 @@ class Synthesizer:
                     on_step(done, step.losses[done - 1, -1])
         best = step.best
         self.features.add(best.features)
-        # The host waits once; a step's number is exact in fp32.
+        # The host waits here alone; a step's number is exact in fp32.
         told = torch.cat([step.losses[:steps].flatten(), best.step.view(1)]).cpu()
         return Synthesised(
             quantise(best.images), drawn.targets, best.features.clone(),

@@ -13,6 +13,7 @@ from emulated_cuda.card import CARD, CPU, CUDA, CudaTensor, below, on_card, tens
 
 MOVES = (Tensor.to, Tensor.cuda, Tensor.cpu)
 FROM_NUMBERS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+RANDOM = (torch.rand, torch.randn, torch.randint, torch.randperm)
 # Tensors of the host may be given beside those of the device.
 MIXED = (Tensor.copy_, Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_)
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -61,8 +62,10 @@ def _called(func: Any, args: Any, kwargs: Any, *, host: bool) -> Any:
 
 def _made(func: Any, args: Any, kwargs: Any, here: bool) -> Any:
     """What a factory makes on the device."""
-    if func in FROM_NUMBERS and (CARD.capturing is not None or CARD.strict):
+    if func in FROM_NUMBERS:
         CARD.wait("a copy from pageable memory")
+    if CARD.capturing is not None and func in RANDOM:
+        raise NotImplementedError(f"{func} draws random numbers in a capture")
     made = _called(func, args, kwargs, host=not here)
     if on_card(made):
         return made
@@ -103,8 +106,7 @@ def _moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     if there == on_card(tensor):
         return _called(Tensor.to, (tensor, dtype), {"copy": copy, **layout}, host=not there)
     if there:
-        if CARD.capturing is not None or CARD.strict:
-            CARD.wait("a copy from pageable memory")
+        CARD.wait("a copy from pageable memory")
         copied = _called(Tensor.to, (tensor, dtype), {"copy": True, **layout}, host=True)
         return _Up.apply(copied)
     CARD.wait("a copy to the host")

@@ -22,6 +22,11 @@ aten = torch.ops.aten
 WAITING = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
     aten.equal.default, aten._unique2.default, aten.unique_dim.default, aten.bincount.default,
+    aten.unique_consecutive.default,
+}  # fmt: skip
+INDEXING = {
+    aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
+    aten._index_put_impl_.default, aten._unsafe_index.Tensor,
 }  # fmt: skip
 COPIES = {aten.copy_.default, aten._to_copy.default}
 
@@ -147,7 +152,7 @@ class Card:
     Attributes:
         capturing: the graph that is captured.
         strict: waiting is an error (``torch.cuda.set_sync_debug_mode("error")``).
-        waits: how often the host waited.
+        waits: how often the host waited, for results or for a copy from its pageable memory.
         host_call: the call from Python that is under way has no tensor of this device.
     """
 
@@ -175,7 +180,7 @@ class Card:
         if not here and (given or self.host_call):
             with below():
                 return func(*args, **kwargs)
-        self._look_for_waiting(func, given, kwargs)
+        self._look_for_waiting(func, args, given)
         own = {id(tensor.inner): tensor for tensor in here}
         numbers = {id(tensor) for tensor in given if not on_card(tensor)}
         args, kwargs = (tree_map(_unwrapped, part) for part in (args, kwargs))
@@ -200,14 +205,19 @@ class Card:
 
         return tree_map(wrapped, found)
 
-    def _look_for_waiting(self, func: Any, given: list[Tensor], kwargs: Any) -> None:
+    def _look_for_waiting(self, func: Any, args: Any, given: list[Tensor]) -> None:
         if func in WAITING:
             self.wait(str(func))
-        between = func in COPIES and len({on_card(tensor) for tensor in given}) == 2
-        if between and not on_card(given[0]):
-            self.wait("a copy to the host")
-        elif between and (self.capturing is not None or self.strict):
-            self.wait("a copy from pageable memory")
+        if func in INDEXING:
+            for index in tensors(args[1]):
+                if index.dtype in (torch.bool, torch.uint8):
+                    self.wait("a mask, counted for its size")
+                elif not on_card(index):
+                    self.wait("an index copied from pageable memory")
+        if func in COPIES and len({on_card(tensor) for tensor in given}) == 2:
+            self.wait("a copy from pageable memory" if on_card(given[0]) else "a copy to the host")
+        if self.capturing is not None and torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotImplementedError(f"{func} draws random numbers in a capture")
 
 
 def _unwrapped(value: Any) -> Any:
