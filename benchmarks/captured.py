@@ -33,7 +33,7 @@ from world import World
 
 from kiop_fast.engine import engine
 
-MB = 1 << 20
+MB = 10**6
 OVERWRITE = ("copy_", "fill_", "zero_")  # what they change they do not read
 
 
