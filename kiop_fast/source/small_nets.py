@@ -31,10 +31,8 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        h = self.bn2(self.conv2(h))
-        h += self.shortcut(x)
-        return F.relu(h, inplace=True)
+        h = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
 
 
 class SmallResNet(nn.Module):
@@ -55,7 +53,7 @@ class SmallResNet(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(F.relu(self.bn(self.conv(x)), inplace=True))
+        x = self.blocks(F.relu(self.bn(self.conv(x))))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
@@ -71,9 +69,9 @@ class WideBlock(nn.Module):
             self.shortcut = nn.Conv2d(inside, outside, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(x), inplace=True)
+        h = F.relu(self.bn1(x))
         straight: Tensor = x if self.shortcut is None else self.shortcut(h)
-        return straight + self.conv2(F.relu(self.bn2(self.conv1(h)), inplace=True))
+        return straight + self.conv2(F.relu(self.bn2(self.conv1(h))))
 
 
 class WideResNet(nn.Module):
@@ -95,7 +93,7 @@ class WideResNet(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.blocks(self.conv(x))), inplace=True)
+        x = F.relu(self.bn(self.blocks(self.conv(x))))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
