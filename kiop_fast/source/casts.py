@@ -13,8 +13,6 @@ _LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.Linear,
 )  # fmt: skip
-
-
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves doubles alone
 
 
