@@ -18,7 +18,7 @@ from kiop_fast.errors import ConfigError, unknown_name
 MODES = ("bf", "b", "t", "vanilla")
 ENGINES = ("fast", "reference")
 PRECISIONS = ("fp32", "bf16x3", "tf32", "bf16")
-MAPPINGS = ("random", "frequency", "iterative")
+MAPPINGS = ("random", "frequency", "iterative", "likelihood")
 LOADERS = ("auto", "dali", "torch")
 BATCHNORM_POLICIES = ("calibrated", "batch", "running")
 
@@ -38,7 +38,7 @@ class PromptConfig:
     """The prompt, its label mapping and how A's BatchNorm layers see it (SPEC 2, 3, 7)."""
 
     rings: tuple[int, ...] = (36, 128)  # side of the canvas after each ring, pixels
-    mapping: str = "random"  # random | frequency | iterative
+    mapping: str = "random"  # random | frequency | iterative | likelihood
     disjoint: bool = False  # several providers: mappings share no class of A (upstream)
     batchnorm: str = "calibrated"  # calibrated | batch | running
     calibration_batch: int = 256  # images a forward pass while statistics are estimated

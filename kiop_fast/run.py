@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kiop_fast.config import RunConfig
 from kiop_fast.engine import engine
-from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
+from kiop_fast.prompt import Prompt, PromptedModel, bank_mapping, calibrate
 from kiop_fast.prompt.artefact import Artefact
 from kiop_fast.runtime import draws
 from kiop_fast.runtime.execution import PLAIN
@@ -178,7 +178,7 @@ class Run:
 
     @torch.no_grad()
     def update_mappings(self, turn: int) -> dict[str, int]:
-        """Recount frequency (once) or iterative (every round) mappings on the banks.
+        """Make mappings anew on the banks: frequency once, iterative and likelihood every round.
 
         Returns:
             How many classes of each provider changed their partner.
@@ -188,24 +188,23 @@ class Run:
         for task in self.tasks:
             if task.mapping is None or kind == "random" or (kind == "frequency" and turn > 0):
                 continue
-            mapping = self.count_mapping(task)
+            mapping = self.mapping_of(task, task.mapping if turn else None).to(self.device)
             changed[task.name] = int((mapping != task.mapping).sum())
             task.mapping.copy_(mapping)  # in place: captured steps read it
         return changed
 
     @torch.no_grad()
-    def count_mapping(self, task: Task) -> Tensor:
-        """Frequency mapping of prompted A against the provider, counted on the task's bank."""
+    def mapping_of(self, task: Task, before: Tensor | None) -> Tensor:
+        """What the run's rule makes of a task's bank; ``before``: the mapping so far."""
         images = self.bank_images(task)
         seen = self.prompted(task)
         ours, theirs = [], []
         with PLAIN.products(self.device):
             for part in images.chunk(-(-len(images) // self.config.prompt.calibration_batch)):
-                ours.append(seen.logits(part).argmax(dim=1))
-                theirs.append(task.source.model(part).argmax(dim=1))
-        shape = (self.sources.target.classes, task.source.classes)
-        table = count_table(torch.cat(ours), torch.cat(theirs), shape)
-        return frequency_mapping(table).to(self.device)
+                ours.append(seen.logits(part))
+                theirs.append(task.source.model(part))
+        rule, temperature = self.config.prompt.mapping, self.config.storing.temperature
+        return bank_mapping(rule, torch.cat(ours), torch.cat(theirs), before, temperature)
 
     def bank_images(self, task: Task) -> Tensor:
         """A task's bank, (M, 3, s, s) normalised with its own statistics.

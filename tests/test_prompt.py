@@ -1,10 +1,9 @@
-"""Rings, mapping, BatchNorm policies: against formulas written here."""
+"""Rings and BatchNorm policies: against formulas written here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,12 +15,7 @@ from kiop_fast.prompt import (
     Prompt,
     PromptedModel,
     calibrate,
-    count_table,
-    disjoint_mappings,
-    frequency_mapping,
-    random_mapping,
 )
-from kiop_fast.runtime import draws
 from kiop_fast.source import DropoutDraws, Source, batch_statistics, freeze
 
 Make = Callable[..., Source]
@@ -70,43 +64,6 @@ def test_rings_must_nest(side: int, rings: tuple[int, ...]) -> None:
 def test_depth_must_exist() -> None:
     with pytest.raises(PromptError, match="no such depth"):
         Prompt(16, (20,))(torch.zeros(1, 3, 16, 16), depth=2)
-
-
-def test_frequency_mapping_by_hand() -> None:
-    """Largest first; ties to the lowest s, then t; class 3 is absent and takes the lowest free."""
-    table = torch.tensor([[5, 5, 0, 0], [5, 9, 0, 0], [0, 8, 0, 0], [1, 0, 2, 0], [0, 0, 2, 0]])
-    # 9 at (1,1); 5 at (0,0) [8 at (2,1) is gone with column 1]; 2 at (3,2); class 3 takes row 2.
-    assert frequency_mapping(table).tolist() == [0, 1, 3, 2]
-
-
-def test_frequency_mapping_ties() -> None:
-    assert frequency_mapping(torch.ones(4, 3, dtype=torch.int64)).tolist() == [0, 1, 2]
-    assert frequency_mapping(torch.zeros(4, 3, dtype=torch.int64)).tolist() == [0, 1, 2]
-
-
-def test_frequency_mapping_needs_enough_classes() -> None:
-    with pytest.raises(MappingError, match=r"(?s)3 classes.*4 classes"):
-        frequency_mapping(torch.ones(3, 4, dtype=torch.int64))
-
-
-def test_count_table() -> None:
-    table = count_table(torch.tensor([2, 2, 0]), torch.tensor([1, 1, 0]), (3, 2))
-    assert table.tolist() == [[1, 0], [0, 0], [0, 2]]
-
-
-def test_random_mappings_are_injective_and_named_by_their_draw() -> None:
-    one = random_mapping(draws.generator(0, 0, "digits", "mapping"), 26, 10)
-    two = random_mapping(draws.generator(0, 0, "digits", "mapping"), 26, 10)
-    assert one.unique().numel() == 10
-    assert torch.equal(one, two)
-    assert not torch.equal(one, random_mapping(draws.generator(1, 0, "digits", "mapping"), 26, 10))
-
-
-def test_disjoint_mappings_share_no_class() -> None:
-    parts = disjoint_mappings(np.random.default_rng(0), 26, [10, 8, 8])
-    assert sorted(torch.cat(parts).tolist()) == list(range(26))
-    with pytest.raises(MappingError, match="disjoint"):
-        disjoint_mappings(np.random.default_rng(0), 26, [10, 10, 10])
 
 
 def test_mapping_out_of_range(make_source: Make) -> None:

@@ -16,13 +16,14 @@ from kiop_fast.config_io import from_dict
 from kiop_fast.data import FileSplit, Loader, data_folder, dataset, known, open_loader
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
 from kiop_fast.errors import DataError
-from kiop_fast.prompt import Prompt, PromptedModel, calibrate, count_table, frequency_mapping
+from kiop_fast.prompt import Prompt, PromptedModel, bank_mapping, calibrate
 from kiop_fast.prompt.artefact import Artefact, ArtefactTask
 from kiop_fast.prompt.served import PromptedTask
 from kiop_fast.runtime.execution import PLAIN
 from kiop_fast.source import Source
 
 Classifier = Callable[[Tensor], Tensor]
+_RULES = ("frequency", "likelihood")  # of mappings, data-free
 
 
 @lru_cache(maxsize=16)
@@ -139,11 +140,11 @@ def evaluate(
 
     Returns:
         ``batchnorm``: the artefact's policy.  ``tasks``: for each task that has data ``accuracy``;
-        ``ceiling``, the source's own accuracy; ``floor``, the untrained prompt with its mapping
-        counted on the bank; ``oracle``, the trained prompt with the best greedy mapping counted
-        with *test* labels, a bound that no data-free method may use; ``images``; unknown values
-        are None.  ``policies``: accuracies by BatchNorm policy and task, those the artefact can
-        be served under.
+        ``ceiling``, the source's own accuracy; ``floor``, the untrained prompt with the better of
+        the mappings that data-free rules make of the bank; ``oracle``, the trained prompt with
+        the best of its own mapping and those that the rules make of *test* labels, which no
+        data-free method may use; ``images``; unknown values are None.  ``policies``: accuracies
+        by BatchNorm policy and task, those the artefact can be served under.
     """
     served = artefact.on(target)
     tasks: dict[str, dict[str, Any]] = {}
@@ -208,12 +209,13 @@ def _share(logits: Tensor, labels: Tensor) -> float:
 
 
 def _oracle_accuracy(logits: Tensor, labels: Tensor, task: ArtefactTask) -> float | None:
-    """With the greedy mapping counted on the test labels; never used elsewhere."""
+    """With the best mapping that test labels choose; never used elsewhere."""
     if task.mapping is None:
         return None
-    shape = (logits.shape[1], len(task.info.classes))
-    mapping = frequency_mapping(count_table(logits.argmax(dim=1), labels, shape))
-    return _share(_mapped(logits, mapping), labels)
+    classes = torch.arange(len(task.info.classes), device=labels.device)
+    sure = torch.where(labels[:, None] == classes, 0.0, -torch.inf)
+    made = [bank_mapping(rule, logits, sure, task.mapping) for rule in _RULES]
+    return max(_share(_mapped(logits, mapping), labels) for mapping in (task.mapping, *made))
 
 
 def _floor(
@@ -223,25 +225,29 @@ def _floor(
     needs_bank = artefact.batchnorm == "calibrated" or task.mapping is not None
     if source is None or (needs_bank and bank is None):
         return None
-    bare = untrained(artefact, target, task, source, bank)
-    module = bare.on(target, check=False).task(task.name)
-    return task_accuracy(module, task.info, artefact.side, batch, _device(target.model), loading)
+    return max(
+        task_accuracy(
+            bare.on(target, check=False).task(task.name), task.info, artefact.side, batch,
+            _device(target.model), loading,
+        )
+        for bare in untrained(artefact, target, task, source, bank)
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def untrained(
     artefact: Artefact, target: Source, task: ArtefactTask, source: Source, bank: Tensor | None
-) -> Artefact:
-    """The same artefact before training: zero cells, what it needs counted on the bank.
+) -> list[Artefact]:
+    """The same artefact before training: zero cells, what it needs made of the bank.
 
     Statistics (policy ``calibrated``) are estimated on ``bank`` (M, C, s, s) uint8 seen through
-    the zero prompt; then the frequency mapping is counted under them, with ``source``'s arg-max
-    as the label.
+    the zero prompt; under them every data-free rule makes a mapping, so there are several such
+    artefacts where ``task`` has a mapping, and one where it has none.
     """
     cells = [torch.zeros_like(ring) for ring in artefact.cells]
     device = _device(target.model)
     if bank is None:
-        return replace(artefact, cells=cells, tasks=(task,))
+        return [replace(artefact, cells=cells, tasks=(task,))]
     settings = from_dict(PromptConfig, artefact.config.get("prompt", {}))
     chunk, most = settings.calibration_batch, settings.calibration_images
     images = bank[:: -(-len(bank) // most)].to(device, torch.get_default_dtype()) / 255
@@ -253,15 +259,16 @@ def untrained(
         task = replace(task, statistics=calibrate(seen, source.normalise(images), chunk))
     bare = replace(artefact, cells=cells, tasks=(task,))
     if task.mapping is None:
-        return bare
+        return [bare]
     module = bare.on(target, check=False).task(task.name)
     ours, theirs = [], []
     with PLAIN.products(device):
         for part in images.chunk(-(-len(images) // chunk)):
-            ours.append(module.target_logits(part).argmax(dim=1))
-            theirs.append(source.model(source.normalise(part)).argmax(dim=1))
-    table = count_table(torch.cat(ours), torch.cat(theirs), (target.classes, source.classes))
-    return replace(bare, tasks=(replace(task, mapping=frequency_mapping(table)),))
+            ours.append(module.target_logits(part))
+            theirs.append(source.model(source.normalise(part)))
+    logits = torch.cat(ours), torch.cat(theirs)
+    made = [bank_mapping(rule, *logits) for rule in _RULES]
+    return [replace(bare, tasks=(replace(task, mapping=mapping),)) for mapping in made]
 
 
 def forget_test_data() -> None:

@@ -1,10 +1,12 @@
 """The prompt: rings, label mapping, a model seen through them, and the file that holds them."""
 
 from kiop_fast.prompt.mapping import (
+    bank_mapping,
     check_class_counts,
     count_table,
     disjoint_mappings,
     frequency_mapping,
+    likelihood_mapping,
     random_mapping,
 )
 from kiop_fast.prompt.prompted import PromptedModel, calibrate, frozen_logits
@@ -13,11 +15,13 @@ from kiop_fast.prompt.rings import Prompt
 __all__ = [
     "Prompt",
     "PromptedModel",
+    "bank_mapping",
     "calibrate",
     "check_class_counts",
     "count_table",
     "disjoint_mappings",
     "frequency_mapping",
     "frozen_logits",
+    "likelihood_mapping",
     "random_mapping",
 ]

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from kiop_fast.errors import MappingError
 
+_LIKELY_ROWS = 1024  # images that a search looks at, at most
+_FALL = 1e-9  # a loss that falls by less has not fallen
+
 
 def check_class_counts(target: int, provider: int, names: tuple[str, str]) -> None:
     """Raise MappingError unless an injective mapping exists."""
@@ -70,3 +73,88 @@ def frequency_mapping(table: Tensor) -> Tensor:
     for t in np.flatnonzero(mapping < 0):
         mapping[t] = next(free)
     return torch.from_numpy(mapping)
+
+
+def bank_mapping(
+    rule: str, target: Tensor, provider: Tensor, before: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """What a data-free rule makes of one bank.
+
+    Args:
+        rule: ``likelihood``, or one that counts: ``frequency``, ``iterative``.
+        target: (M, classes of A) logits of prompted A.
+        provider: (M, classes of the provider) its logits of the same images.
+        before: the mapping so far, where ``likelihood`` starts; None: from a count.
+        temperature: of the transfer loss.
+
+    Returns:
+        (classes of the provider,) int64 on the host.
+    """
+    if rule == "likelihood" and before is not None:
+        return likelihood_mapping(target, provider, before, temperature)
+    shape = (target.shape[1], provider.shape[1])
+    counted = frequency_mapping(count_table(target.argmax(dim=1), provider.argmax(dim=1), shape))
+    if rule == "likelihood":
+        return likelihood_mapping(target, provider, counted, temperature)
+    return counted
+
+
+@torch.no_grad()
+def likelihood_mapping(
+    target: Tensor, provider: Tensor, start: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """The mapping with which A speaks most like the provider: a descent of the transfer loss.
+
+    Over one-to-one m the mean of ``KL(softmax(provider / T) ‖ softmax(target[:, m] / T))`` falls
+    with every move (a class takes a free class of A, or two classes exchange theirs) until none
+    lowers it.  The prompt step lowers the same loss over the cells.  A count of arg-maxes knows
+    neither how sure the models are nor that only mapped classes compete when the prompt is worn.
+
+    Args:
+        target: (M, classes of A) logits of prompted A; at most 1,024 evenly spaced rows are used.
+        provider: (M, classes of the provider) its logits of the same images.
+        start: (classes of the provider,) int64; the descent ends in a minimum near it.
+        temperature: T of both sides.
+
+    Returns:
+        (classes of the provider,) int64 on the host.
+
+    Source: not in the paper, whose iterative mapping counts (:func:`frequency_mapping`).
+    """
+    every = -(-len(target) // _LIKELY_ROWS)
+    logits = target[::every].double() / temperature
+    wanted = (provider[::every].double() / temperature).softmax(dim=1)
+    # The loss but for a constant: mean log Σ_t exp(logits[:, m_t]) − Σ_t said[m_t, t].
+    said = logits.T @ wanted / len(logits)
+    weights = (logits - logits.amax(dim=1, keepdim=True)).exp().clamp_min(1e-300)
+    mapping, still = start.to(target.device, copy=True), 0
+    while still < len(mapping):
+        for t in range(len(mapping)):
+            moved = _move(t, mapping, said, weights)
+            still = still + 1 if moved is None else 0
+            mapping = mapping if moved is None else moved
+    return mapping.cpu()
+
+
+def _move(t: int, mapping: Tensor, said: Tensor, weights: Tensor) -> Tensor | None:
+    """``mapping`` after the best move of class ``t``; None where none lowers the loss."""
+    own = said[mapping, torch.arange(len(mapping), device=mapping.device)]
+    changes = own[t] + own - said[mapping, t] - said[mapping[t]]  # by an exchange
+    is_free = torch.ones(len(said), dtype=torch.bool, device=mapping.device)
+    is_free[mapping] = False
+    free = is_free.nonzero()[:, 0]
+    if len(free):
+        mapped = weights[:, mapping]
+        others = mapped.index_fill(1, torch.tensor([t], device=mapping.device), 0).sum(dim=1)
+        share = (others[:, None] + weights[:, free]) / mapped.sum(dim=1)[:, None]
+        changes = torch.cat([changes, share.log().mean(dim=0) + own[t] - said[free, t]])
+    best = int(changes.argmin())
+    if not changes[best] < -_FALL:
+        return None
+    moved = mapping.clone()
+    if best < len(mapping):
+        moved[[t, best]] = mapping[[best, t]]
+    else:
+        moved[t] = free[best - len(mapping)]
+    return moved
