@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "providers": ["resnet8@digits"],
         "side": 16,
         "epochs": 4,
-        "prompt": {"rings": [20, 32], "mapping": "likelihood"},
+        "prompt": {"rings": [24, 32], "mapping": "likelihood", "mapping_steps": 24},
         "synthesis": {
             "epochs_of_a": 1, "batch": 192, "steps": 72, "start": "meta", "meta_steps": 36,
             "lr": 0.015, "width": 32, "adv": 0.0, "head_width": 256, "negatives": 256, "pad": 1,

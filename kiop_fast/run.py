@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from kiop_fast.config import RunConfig
 from kiop_fast.engine import engine
-from kiop_fast.prompt import Prompt, PromptedModel, bank_mapping, calibrate
+from kiop_fast.prompt import Prompt, PromptedModel, calibrate
 from kiop_fast.prompt.artefact import Artefact
+from kiop_fast.remapping import remapping
 from kiop_fast.runtime import draws
-from kiop_fast.runtime.execution import PLAIN
 from kiop_fast.runtime.optimizers import set_rate, sgd
 from kiop_fast.runtime.profile import OnStep, Profiles
 from kiop_fast.runtime.progress import Progress
@@ -176,36 +176,6 @@ class Run:
         logits: Callable[[Tensor], Tensor] = prompted.logits
         return logits
 
-    @torch.no_grad()
-    def update_mappings(self, turn: int) -> dict[str, int]:
-        """Make mappings anew on the banks: frequency once, iterative and likelihood every round.
-
-        Returns:
-            How many classes of each provider changed their partner.
-        """
-        kind = self.config.prompt.mapping
-        changed = {}
-        for task in self.tasks:
-            if task.mapping is None or kind == "random" or (kind == "frequency" and turn > 0):
-                continue
-            mapping = self.mapping_of(task, task.mapping if turn else None).to(self.device)
-            changed[task.name] = int((mapping != task.mapping).sum())
-            task.mapping.copy_(mapping)  # in place: captured steps read it
-        return changed
-
-    @torch.no_grad()
-    def mapping_of(self, task: Task, before: Tensor | None) -> Tensor:
-        """What the run's rule makes of a task's bank; ``before``: the mapping so far."""
-        images = self.bank_images(task)
-        seen = self.prompted(task)
-        ours, theirs = [], []
-        with PLAIN.products(self.device):
-            for part in images.chunk(-(-len(images) // self.config.prompt.calibration_batch)):
-                ours.append(seen.logits(part))
-                theirs.append(task.source.model(part))
-        rule, temperature = self.config.prompt.mapping, self.config.storing.temperature
-        return bank_mapping(rule, torch.cat(ours), torch.cat(theirs), before, temperature)
-
     def bank_images(self, task: Task) -> Tensor:
         """A task's bank, (M, 3, s, s) normalised with its own statistics.
 
@@ -242,7 +212,9 @@ class Run:
             )
             for task in self.tasks
         }  # fmt: skip
-        on_step = reporter(progress, self._stage(turn, "store"), 0, config.steps)
+        on_step = remapping(
+            self, turn, reporter(progress, self._stage(turn, "store"), 0, config.steps)
+        )
         if self._storing is None or self.config.prompt.dropout:
             self._storing = self.engine.storing(
                 self._terms(turn), self.optimizer, config.steps, **self.execution
