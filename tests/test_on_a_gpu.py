@@ -86,7 +86,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "one ring": {"mode": "t", "prompt": {"rings": [12]}},
     "vanilla": {"mode": "vanilla"},
     "running": {"prompt": {"batchnorm": "running"}},
-    "meta start": {"synthesis": {"start": "meta", "meta_steps": 2}},
+    "meta start, mappings within a period": {
+        "synthesis": {"start": "meta", "meta_steps": 2},
+        "prompt": {"mapping": "likelihood", "mapping_steps": 1},
+    },
 }
 
 
@@ -105,6 +108,7 @@ def test_a_run_learns_what_it_learns_on_the_cpu(name: str, double: None, tmp_pat
             source.model.to(device)
         config = override(override(RunConfig(device=device), TINY), RUNS[name])
         result = train(config, tmp_path / device, sources=sources)
+        assert ("one" in result.metrics[1]["mapping_changed"]) == name.startswith("meta")
         found[device] = [metrics["loss"] for metrics in result.metrics]
     for here, there in zip(found["cpu"], found["cuda"], strict=True):
         assert there == pytest.approx(here, rel=1e-9, abs=1e-12)
