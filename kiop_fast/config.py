@@ -39,7 +39,7 @@ class PromptConfig:
 
     rings: tuple[int, ...] = (36, 128)  # side of the canvas after each ring, pixels
     mapping: str = "random"  # random | frequency | iterative | likelihood
-    mapping_steps: int = 0  # prompt steps until it is made anew; 0: once a storing period
+    mapping_steps: int = 0  # prompt steps until it is made anew; 0: not within a storing period
     disjoint: bool = False  # several providers: mappings share no class of A (upstream)
     batchnorm: str = "calibrated"  # calibrated | batch | running
     calibration_batch: int = 256  # images a forward pass while statistics are estimated
@@ -53,6 +53,13 @@ class PromptConfig:
         _require(inner_first, "rings must grow outwards", list(self.rings), "increasing sides")
         _choice("prompt.mapping", self.mapping, MAPPINGS)
         _choice("prompt.batchnorm", self.batchnorm, BATCHNORM_POLICIES)
+        if self.disjoint and self.mapping != "random":
+            raise ConfigError(
+                "only random mappings can be disjoint: the others look at one provider at a time",
+                got=f"prompt.disjoint=true, prompt.mapping={self.mapping}",
+                expected="prompt.mapping=random",
+                fix="change either setting",
+            )
         _require(self.mapping_steps >= 0, "prompt.mapping_steps", self.mapping_steps, "0 or more")
         for name in ("calibration_batch", "calibration_images"):
             value = getattr(self, name)

@@ -27,7 +27,7 @@ from kiop_fast.prompt.artefact import (
     load_prompt,
     save_prompt,
 )
-from kiop_fast.remapping import mappings, remap
+from kiop_fast.remapping import made_anew, remap
 from kiop_fast.run import Run
 from kiop_fast.run_state import restore, run_state
 from kiop_fast.runtime.device import choose_device, use_threads
@@ -130,7 +130,7 @@ def train_epoch(
     clock = _Clock()
     rounds = run.config.rounds
     made: dict[str, list[Any]] = {}
-    before = mappings(run, epoch * rounds)
+    before = made_anew(run, epoch * rounds)
     for turn in range(epoch * rounds, (epoch + 1) * rounds):
         losses, new = run.synthesize(turn, progress)
         for task, tensors in new.items():
@@ -147,7 +147,7 @@ def train_epoch(
     if every and (last or (epoch + 1) % every == 0):
         metrics["accuracy"] = accuracies(run)
         clock.lap("evaluate")
-    now = mappings(run, epoch * rounds)
+    now = made_anew(run, epoch * rounds)
     changed = {name: int((now[name] != mapping).sum()) for name, mapping in before.items()}
     metrics |= {"loss": losses | transfer, "agreement": agreement, "mapping_changed": changed}
     return metrics, {"epoch": epoch + 1} | clock.seconds()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kiop_fast.run import Run
 
 
-def mappings(run: Run, turn: int) -> dict[str, Tensor]:
+def made_anew(run: Run, turn: int) -> dict[str, Tensor]:
     """Copies of the mappings that a round makes anew, by task.
 
     With rule ``random`` that is none, with ``frequency`` those of the first round.
@@ -32,14 +32,14 @@ def mappings(run: Run, turn: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def remap(run: Run, turn: int, *, begun: bool = False) -> None:
-    """Make these mappings, in place: captured steps read them.
+    """Make anew the mappings of a round, in place: captured steps read them.
 
     Args:
-        turn: as above.
+        turn: rounds that came before.
         begun: the round's storing period has begun; its mappings are where a search starts.
     """
     rule, temperature = run.config.prompt.mapping, run.config.storing.temperature
-    moving = mappings(run, turn)
+    moving = made_anew(run, turn)
     for task in run.tasks:
         if task.mapping is None or task.name not in moving:
             continue
@@ -48,10 +48,10 @@ def remap(run: Run, turn: int, *, begun: bool = False) -> None:
         task.mapping.copy_(made)
 
 
-def remapping(run: Run, turn: int, on_step: OnStep | None) -> OnStep | None:
+def remapping_on_step(run: Run, turn: int, on_step: OnStep | None) -> OnStep | None:
     """``on_step`` of a storing period that also makes mappings, every ``prompt.mapping_steps``."""
     every, last = run.config.prompt.mapping_steps, run.config.storing.steps
-    if not every or not mappings(run, turn):
+    if not every or not made_anew(run, turn):
         return on_step
 
     def also(done: int, loss: Tensor) -> None:

@@ -15,7 +15,7 @@ from kiop_fast.config import RunConfig
 from kiop_fast.engine import engine
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate
 from kiop_fast.prompt.artefact import Artefact
-from kiop_fast.remapping import remapping
+from kiop_fast.remapping import remapping_on_step
 from kiop_fast.runtime import draws
 from kiop_fast.runtime.optimizers import set_rate, sgd
 from kiop_fast.runtime.profile import OnStep, Profiles
@@ -212,7 +212,7 @@ class Run:
             )
             for task in self.tasks
         }  # fmt: skip
-        on_step = remapping(
+        on_step = remapping_on_step(
             self, turn, reporter(progress, self._stage(turn, "store"), 0, config.steps)
         )
         if self._storing is None or self.config.prompt.dropout:

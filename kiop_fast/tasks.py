@@ -115,7 +115,7 @@ def provider_depth(config: RunConfig, index: int, inner_rings: int) -> int:
 
 
 def initial_mappings(config: RunConfig, sources: Sources, names: list[str]) -> list[Tensor | None]:
-    """Random mappings (RLM), which frequency and iterative mapping replace later."""
+    """Random mappings (RLM); the other rules replace them once there are banks."""
     if config.mode == "vanilla":
         return [None] * len(names)
     target = sources.target

@@ -89,6 +89,8 @@ def test_an_override_reaches_every_setting() -> None:
         changes = {key: text}
         if key == "side":
             changes["prompt.rings"] = "[24, 44]"
+        if key == "prompt.disjoint":
+            changes["prompt.mapping"] = "random"
         changed = override(base, parse_overrides(f"{k}={v}" for k, v in changes.items()))
         assert read(changed, key) != read(base, key), key
         assert changed.digest() != base.digest(), key
@@ -108,6 +110,12 @@ def test_malformed_override(text: str) -> None:
 def test_unknown_key_names_the_close_ones() -> None:
     with pytest.raises(ConfigError, match=r"did you mean synthesis\.steps"):
         from_dict(RunConfig, {"synthesis": {"stps": 3}})
+
+
+@pytest.mark.parametrize("rule", ["frequency", "iterative", "likelihood"])
+def test_only_random_mappings_can_be_disjoint(rule: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s)disjoint.*{rule}.*mapping=random"):
+        override(preset("upstream"), {"prompt": {"mapping": rule}})
 
 
 def test_configs_are_frozen() -> None:

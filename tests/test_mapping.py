@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -103,6 +103,7 @@ class TestLikelihood:
         for start in every:
             assert likelihood_mapping(target, provider, start, temperature).equal(best)
 
+    @settings(deadline=None, derandomize=True)
     @given(
         st.integers(1, 7), st.integers(0, 4), st.integers(1, 40), st.floats(0.1, 30.0),
         st.sampled_from([(1.0, 0.0), (4.0, 0.0), (4.0, 0.5)]), st.integers(0, 99),
@@ -138,6 +139,9 @@ class TestLikelihood:
         provider = torch.where(noise(50, 4, seed=1) > 1, 0.0, -torch.inf)
         provider[:, 0] = 0
         assert likelihood_mapping(target, provider, torch.arange(4)).unique().numel() == 4
+        target[:, 4:] = target[:, :4]  # ties, at a size where differences are all rounding
+        huge = likelihood_mapping(1e4 * target, provider, torch.arange(4))
+        assert huge.unique().numel() == 4
 
     def test_starts_where_it_is_told(self) -> None:
         """By default from the count; two minima here, the nearer one is found."""

@@ -96,7 +96,7 @@ def test_stop_and_resume_at_an_epoch_changes_nothing(
     mode: str, start: str, sources: Sources, tmp_path: Path
 ) -> None:
     synthesis = {"bank_rows": 24, "start": start, "meta_steps": 2}
-    prompt = {"mapping": "likelihood"} if start == "meta" else {}  # starts at the one before
+    prompt = {"mapping": "likelihood", "mapping_steps": 2} if start == "meta" else {}
     config = tiny(epochs=3, mode=mode, synthesis=synthesis, prompt=prompt)
     train(config, tmp_path / "whole", sources=sources)
 

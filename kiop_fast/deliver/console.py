@@ -43,8 +43,8 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
         "task", "accuracy", "ceiling", "floor", "gain", "oracle", *others,
         caption=f"Real test images, last epoch, BatchNorm policy {evaluation['batchnorm']}"
         + (f"; beside it {' and '.join(others)}" if others else "")
-        + ". Ceiling: the source model itself. Floor: the untrained prompt, its best mapping "
-        "made without data. Oracle: the best mapping that test labels make.",
+        + ". Ceiling: the source model itself. Floor: the untrained prompt with the "
+        "better of two data-free mappings. Oracle: the best mapping that test labels make.",
     )  # fmt: skip
     for name, facts in evaluation["tasks"].items():
         accuracy, floor = facts["accuracy"], facts["floor"]

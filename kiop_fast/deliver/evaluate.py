@@ -140,11 +140,12 @@ def evaluate(
 
     Returns:
         ``batchnorm``: the artefact's policy.  ``tasks``: for each task that has data ``accuracy``;
-        ``ceiling``, the source's own accuracy; ``floor``, the untrained prompt with the better of
-        the mappings that data-free rules make of the bank; ``oracle``, the trained prompt with
-        the best of its own mapping and those that the rules make of *test* labels, which no
-        data-free method may use; ``images``; unknown values are None.  ``policies``: accuracies
-        by BatchNorm policy and task, those the artefact can be served under.
+        ``ceiling``, the source's own accuracy; ``floor``, the untrained prompt with the better, on
+        these test images, of the mappings that two data-free rules make of the bank; ``oracle``,
+        the trained prompt with the best of its own mapping and those that the rules make of
+        *test* labels, which no data-free method may use; ``images``; unknown values are None.
+        ``policies``: accuracies by BatchNorm policy and task, those the artefact can be served
+        under.
     """
     served = artefact.on(target)
     tasks: dict[str, dict[str, Any]] = {}
@@ -267,7 +268,8 @@ def untrained(
             ours.append(module.target_logits(part))
             theirs.append(source.model(source.normalise(part)))
     logits = torch.cat(ours), torch.cat(theirs)
-    made = [bank_mapping(rule, *logits) for rule in _RULES]
+    temperature = artefact.config.get("storing", {}).get("temperature", 1.0)
+    made = [bank_mapping(rule, *logits, None, temperature) for rule in _RULES]
     return [replace(bare, tasks=(replace(task, mapping=mapping),)) for mapping in made]
 
 

@@ -96,7 +96,7 @@ def _wanted(data: RunData, target: Source | None) -> Iterator[_Wanted]:
     if data.metrics:
         bounds = (data.evaluation or {}).get("tasks", {})
         text = "Dashed: the source model's own accuracy. Dotted: the untrained prompt with the " \
-               "best mapping made without data." if bounds else ""  # fmt: skip
+               "better of two data-free mappings." if bounds else ""  # fmt: skip
         yield ("curves", "How it learned", text,
                partial(pictures.curves_figure, data.metrics, bounds))  # fmt: skip
     for task in artefact.tasks if artefact is not None else ():

@@ -12,7 +12,7 @@ from torch import Tensor
 from kiop_fast.errors import MappingError
 
 _LIKELY_ROWS = 1024  # images that a search looks at, at most
-_FALL = 1e-9  # a loss that falls by less has not fallen
+_FALL = 1e-9  # of its size: a loss that falls by less has not fallen
 
 
 def check_class_counts(target: int, provider: int, names: tuple[str, str]) -> None:
@@ -104,22 +104,22 @@ def bank_mapping(
 def likelihood_mapping(
     target: Tensor, provider: Tensor, start: Tensor, temperature: float = 1.0, shift: float = 0.5
 ) -> Tensor:
-    """The mapping with which A speaks most like the provider: a descent of the transfer loss.
+    """The mapping with which A speaks most like the provider, one move after the other.
 
     Over one-to-one m the mean of ``KL(softmax(provider / T) ‖ softmax(seen[:, m] / T))`` falls
     with every move (a class takes a free class of A, or two classes exchange theirs) until none
-    lowers it.  The prompt step lowers the same loss over the cells.  A count of arg-maxes knows
-    neither how sure the models are nor that only mapped classes compete when the prompt is worn.
-
-    ``seen`` is ``target`` less ``shift`` times each class's mean over the bank: how often a class
-    is said at all is what a prompt changes first, so a mapping is chosen less for it.
+    lowers it.  ``seen`` is ``target`` less ``shift`` times each class's mean over the bank: how
+    often a class is said at all is what a prompt changes first, so a mapping is chosen less for
+    it.  At shift 0 this is the provider's term of the transfer loss, which prompt steps lower over
+    the cells.  A count of arg-maxes knows neither how sure the models are nor that only mapped
+    classes compete when the prompt is worn.
 
     Args:
         target: (M, classes of A) logits of prompted A; at most 1,024 evenly spaced rows are used.
         provider: (M, classes of the provider) its logits of the same images.
         start: (classes of the provider,) int64; the descent ends in a minimum near it.
         temperature: T of both sides.
-        shift: 0 is the transfer loss itself.  Of 0, 0.5 and 1, half served the demo best.
+        shift: of 0, 0.5 and 1, half served the demo best (docs/demo.md).
 
     Returns:
         (classes of the provider,) int64 on the host.
@@ -155,7 +155,7 @@ def _move(t: int, mapping: Tensor, said: Tensor, weights: Tensor) -> Tensor | No
         share = (others[:, None] + weights[:, free]) / mapped.sum(dim=1)[:, None]
         changes = torch.cat([changes, share.log().mean(dim=0) + own[t] - said[free, t]])
     best = int(changes.argmin())
-    if not changes[best] < -_FALL:
+    if not changes[best] < -_FALL * max(1.0, float(said.abs().max())):
         return None
     moved = mapping.clone()
     if best < len(mapping):
