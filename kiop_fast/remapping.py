@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kiop_fast.prompt import bank_mapping
-from kiop_fast.runtime.execution import PLAIN
+from kiop_fast.prompt import bank_logits, bank_mapping
 from kiop_fast.runtime.profile import OnStep
-from kiop_fast.tasks import Task
 
 if TYPE_CHECKING:
     from kiop_fast.run import Run
@@ -44,8 +42,9 @@ def remap(run: Run, turn: int, *, begun: bool = False) -> None:
         if task.mapping is None or task.name not in moving:
             continue
         before = moving[task.name] if turn or begun else None
-        made = bank_mapping(rule, *_bank_logits(run, task), before, temperature)
-        task.mapping.copy_(made)
+        seen, batch = run.prompted(task), run.config.prompt.calibration_batch
+        said = bank_logits(seen.logits, task.source.model, run.bank_images(task), batch)
+        task.mapping.copy_(bank_mapping(rule, *said, before, temperature))
 
 
 def remapping_on_step(run: Run, turn: int, on_step: OnStep | None) -> OnStep | None:
@@ -61,15 +60,3 @@ def remapping_on_step(run: Run, turn: int, on_step: OnStep | None) -> OnStep | N
             on_step(done, loss)
 
     return also
-
-
-def _bank_logits(run: Run, task: Task) -> tuple[Tensor, Tensor]:
-    """Prompted A's and the provider's logits of a task's bank."""
-    images = run.bank_images(task)
-    seen = run.prompted(task)
-    ours, theirs = [], []
-    with PLAIN.products(run.device):
-        for part in images.chunk(-(-len(images) // run.config.prompt.calibration_batch)):
-            ours.append(seen.logits(part))
-            theirs.append(task.source.model(part))
-    return torch.cat(ours), torch.cat(theirs)

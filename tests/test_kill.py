@@ -22,7 +22,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import random_source
-from test_pipeline import tiny
+from tiny_runs import tiny
 from kiop_fast.pipeline import train
 from kiop_fast.sources import Sources
 

@@ -9,38 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from tiny_runs import tiny
 
-from kiop_fast import data, remapping
-from kiop_fast.config import RunConfig
+from kiop_fast import data
 from kiop_fast.config_io import override
 from kiop_fast.errors import ConfigError, MappingError, NonFiniteLossError, RunError, SourceError
 from kiop_fast.pipeline import train
 from kiop_fast.presets import PRESETS, preset
-from kiop_fast.prompt import bank_mapping
 from kiop_fast.prompt.artefact import load_prompt
 from kiop_fast.source import Source, freeze
 from kiop_fast.sources import Sources
 
 Make = Callable[..., Source]
-
-TINY: dict[str, Any] = {
-    "side": 16,
-    "epochs": 2,
-    "threads": 1,
-    "device": "cpu",
-    "prompt": {"rings": [20, 28], "mapping": "iterative", "calibration_batch": 16},
-    "synthesis": {"batch": 16, "steps": 3, "width": 8, "latent": 16, "head_width": 16,
-                  "head_dim": 8, "pad": 1},
-    "storing": {"steps": 3, "batch": 8, "batch_real": 8, "lr": 1.0, "temperature": 4.0},
-    "evaluation": {"every": 0},
-}  # fmt: skip
-
-
-def tiny(**changes: Any) -> RunConfig:
-    """A run of a second or two."""
-    base = override(RunConfig(), {"target": "resnet8@letters", "providers": ["resnet8@digits"]})
-    return override(override(base, TINY), changes)
 
 
 @pytest.fixture
@@ -215,38 +195,6 @@ def test_a_touched_source_is_noticed(make_source: Make) -> None:
     model(torch.rand(4, 3, 16, 16))
     with pytest.raises(SourceError, match="frozen for good"):
         frozen.check_unchanged()
-
-
-def test_frequency_mapping_is_counted_once(sources: Sources, tmp_path: Path) -> None:
-    result = train(tiny(prompt={"mapping": "frequency"}), tmp_path / "run", sources=sources)
-    assert "digits" in result.metrics[0]["mapping_changed"]
-    assert result.metrics[1]["mapping_changed"] == {}
-
-
-@pytest.mark.parametrize(
-    ("rule", "made", "engine"),
-    [("iterative", 6, "fast"), ("frequency", 3, "reference"), ("random", 0, "fast")],
-)
-def test_mappings_are_made_before_and_within_a_storing_period(
-    rule: str, made: int, engine: str, sources: Sources, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Two epochs of five prompt steps, anew every second step: at 0, 2 and 4 of each."""
-    starts = []
-
-    def watched(kind: str, ours: Tensor, theirs: Tensor, before: Tensor | None, t: float) -> Tensor:
-        assert (kind, t) == (rule, 4.0)
-        assert len(ours) == len(theirs) == 16 * (1 + len(starts) // 3)  # the whole bank
-        starts.append(before)
-        return bank_mapping(kind, ours, theirs, before, t)
-
-    monkeypatch.setattr(remapping, "bank_mapping", watched)
-    config = tiny(engine=engine, prompt={"mapping": rule, "mapping_steps": 2}, storing={"steps": 5})
-    result = train(config, tmp_path / "run", sources=sources)
-    assert len(starts) == made
-    assert [before is None for before in starts] == [True, False, False, False, False, False][:made]
-    told = [set(record["mapping_changed"]) for record in result.metrics]
-    assert told == [{"digits"} if made else set(), {"digits"} if made == 6 else set()]
 
 
 def test_banks_can_stop_growing(sources: Sources, tmp_path: Path) -> None:

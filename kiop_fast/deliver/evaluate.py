@@ -16,7 +16,7 @@ from kiop_fast.config_io import from_dict
 from kiop_fast.data import FileSplit, Loader, data_folder, dataset, known, open_loader
 from kiop_fast.data.spec import Dataset, DatasetInfo, Split
 from kiop_fast.errors import DataError
-from kiop_fast.prompt import Prompt, PromptedModel, bank_mapping, calibrate
+from kiop_fast.prompt import Prompt, PromptedModel, bank_logits, bank_mapping, calibrate
 from kiop_fast.prompt.artefact import Artefact, ArtefactTask
 from kiop_fast.prompt.served import PromptedTask
 from kiop_fast.runtime.execution import PLAIN
@@ -226,13 +226,10 @@ def _floor(
     needs_bank = artefact.batchnorm == "calibrated" or task.mapping is not None
     if source is None or (needs_bank and bank is None):
         return None
-    return max(
-        task_accuracy(
-            bare.on(target, check=False).task(task.name), task.info, artefact.side, batch,
-            _device(target.model), loading,
-        )
-        for bare in untrained(artefact, target, task, source, bank)
-    )  # fmt: skip
+    found = untrained(artefact, target, task, source, bank)  # they differ in mappings alone
+    module = found[0].on(target, check=False).task(task.name)
+    logits, labels = _test_logits(module, batch, loading)
+    return max(_share(_mapped(logits, bare.tasks[0].mapping), labels) for bare in found)
 
 
 @torch.no_grad()
@@ -262,14 +259,11 @@ def untrained(
     if task.mapping is None:
         return [bare]
     module = bare.on(target, check=False).task(task.name)
-    ours, theirs = [], []
-    with PLAIN.products(device):
-        for part in images.chunk(-(-len(images) // chunk)):
-            ours.append(module.target_logits(part))
-            theirs.append(source.model(source.normalise(part)))
-    logits = torch.cat(ours), torch.cat(theirs)
+    said = bank_logits(
+        module.target_logits, lambda part: source.model(source.normalise(part)), images, chunk
+    )
     temperature = artefact.config.get("storing", {}).get("temperature", 1.0)
-    made = [bank_mapping(rule, *logits, None, temperature) for rule in _RULES]
+    made = [bank_mapping(rule, *said, None, temperature) for rule in _RULES]
     return [replace(bare, tasks=(replace(task, mapping=mapping),)) for mapping in made]
 
 

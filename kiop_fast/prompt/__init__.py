@@ -1,6 +1,7 @@
 """The prompt: rings, label mapping, a model seen through them, and the file that holds them."""
 
 from kiop_fast.prompt.mapping import (
+    bank_logits,
     bank_mapping,
     check_class_counts,
     count_table,
@@ -15,6 +16,7 @@ from kiop_fast.prompt.rings import Prompt
 __all__ = [
     "Prompt",
     "PromptedModel",
+    "bank_logits",
     "bank_mapping",
     "calibrate",
     "check_class_counts",

@@ -5,11 +5,14 @@ A mapping m is an int64 vector, one entry a provider class: ``mapped[:, j] = log
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from kiop_fast.errors import MappingError
+from kiop_fast.runtime.execution import PLAIN
 
 _LIKELY_ROWS = 1024  # images that a search looks at, at most
 _FALL = 1e-9  # of its size: a loss that falls by less has not fallen
@@ -73,6 +76,25 @@ def frequency_mapping(table: Tensor) -> Tensor:
     for t in np.flatnonzero(mapping < 0):
         mapping[t] = next(free)
     return torch.from_numpy(mapping)
+
+
+@torch.no_grad()
+def bank_logits(
+    target: Callable[[Tensor], Tensor], provider: Callable[[Tensor], Tensor], images: Tensor,
+    batch: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What prompted A and a provider say of one bank, for :func:`bank_mapping`.
+
+    Args:
+        target: images → (N, classes of A) logits.
+        provider: the same images → (N, classes of the provider) logits.
+        images: (M, …), the bank.
+        batch: images a pass, at most.
+    """
+    with PLAIN.products(images.device):
+        pairs = [(target(part), provider(part)) for part in images.chunk(-(-len(images) // batch))]
+    ours, theirs = zip(*pairs, strict=True)
+    return torch.cat(ours), torch.cat(theirs)
 
 
 def bank_mapping(
