@@ -3,8 +3,8 @@
 install:  ## an editable install with everything development needs
 	pip install -e '.[dev]'
 
-test:  ## the whole test suite
-	pytest
+test:  ## the whole test suite, on two cores
+	pytest -n 2
 
 lint:
 	ruff check .

@@ -22,6 +22,19 @@ def test_each_tensor_is_named_once_the_largest_first() -> None:
     del views, others
 
 
+def test_tensors_without_memory_are_passed_over() -> None:
+    """What is traced or on ``meta`` takes none; what is expanded takes that of one row."""
+    traced = torch._to_functional_tensor(torch.zeros(1000, 3001))
+    assert type(traced) is torch.Tensor
+    shape_only = torch.zeros(1000, 5001, device="meta")
+    expanded = torch.zeros(1, 7001).expand(1000, 7001)
+    named = largest_tensors(10_000)
+    assert not [name for name in named if name.startswith("(1000, 5001)")]
+    assert named.count("(1000, 3001) float32, 12.0 MB") == 1  # what the traced one stands for
+    assert "(1000, 7001) float32, 0.0 MB" in named
+    del traced, shape_only, expanded
+
+
 def test_an_allocation_that_cannot_be_is_explained() -> None:
     with pytest.raises(OutOfMemoryError, match="largest tensors") as error, explained_memory():
         torch.empty(1 << 50)

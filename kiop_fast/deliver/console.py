@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from kiop_fast.deliver.predict import Prediction
-from kiop_fast.prompt.artefact import Artefact
+if TYPE_CHECKING:
+    from kiop_fast.deliver.predict import Prediction
+    from kiop_fast.prompt.artefact import Artefact
 
 
 def percent(value: float | None) -> str:

@@ -49,7 +49,6 @@ def jit(function: Callable[..., None]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-@torch.compiler.assume_constant_result
 def _triton_wanted(op: str, device_type: str, unsupported: str) -> bool:
     request = os.environ.get(VARIABLE, "auto")
     if request not in BACKENDS:
@@ -73,6 +72,11 @@ def _triton_wanted(op: str, device_type: str, unsupported: str) -> bool:
             fix=f"unset {VARIABLE} to let the eager twin take them",
         )
     return True
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, which
+# takes as long as torch itself, in every process that never compiles.
+_triton_wanted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def use_triton(op: str, *tensors: Tensor, unsupported: str = "") -> bool:

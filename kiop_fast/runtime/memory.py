@@ -24,14 +24,27 @@ def largest_tensors(count: int = 5) -> list[str]:
     stores: dict[int, Tensor] = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided:
-            place = thing.untyped_storage().data_ptr()
-            if place not in stores or thing.nbytes > stores[place].nbytes:
+            place = _address(thing)
+            if place and (place not in stores or thing.nbytes > stores[place].nbytes):
                 stores[place] = thing
-    top = sorted(stores.values(), key=lambda tensor: -tensor.nbytes)[:count]
+    top = sorted(stores.values(), key=_bytes, reverse=True)[:count]
     return [
-        f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}, {t.nbytes / 1e6:.1f} MB"
+        f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}, {_bytes(t) / 1e6:.1f} MB"
         for t in top
     ]
+
+
+def _address(tensor: Tensor) -> int:
+    """Of its memory; 0 where it has none, as what is on ``meta`` or stands for a traced tensor."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the memory behind it, which an expanded tensor fills more than once."""
+    return tensor.untyped_storage().nbytes()
 
 
 def _is_shortage(error: RuntimeError) -> bool:
