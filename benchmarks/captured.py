@@ -1,6 +1,6 @@
 """What the steps that a GPU captures are made of, counted on an emulated GPU: no GPU is needed.
 
-    python benchmarks/captured.py [--precision bf16] [--scale paper] [--by-operation]
+    python benchmarks/captured.py [--precision bf16] [--scale paper] [--offload] [--by-operation]
 
 For a synthesis step of either task and a prompt step: operations that write memory (a GPU launches
 one kernel or a few for each), and bytes that these read and write, each tensor whole.  Then memory:
@@ -69,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--scale", default="paper", choices=("paper", "small"))
+    parser.add_argument("--offload", action="store_true", help="as the setting of that name")
     parser.add_argument("--by-operation", action="store_true", help="the ten that move most")
     options = parser.parse_args()
 
@@ -78,7 +79,10 @@ def main() -> None:
     memory, device = emulated_cuda.CARD.memory, torch.device("cuda", 0)
     print(f"{options.scale}, {options.precision}, {problem.cached} negatives")
     with TemporaryDirectory() as folder:
-        world = World(problem, engine("fast"), device, Path(folder), precision=options.precision)
+        world = World(
+            problem, engine("fast"), device, Path(folder), precision=options.precision,
+            offload=options.offload,
+        )  # fmt: skip
         steps = {name: job.system._step for name, job in world.jobs.items()}
         periods: list[tuple[str, Any, Any]] = [
             (f"synthesis step for {name}", world.synthesizing(name), step)

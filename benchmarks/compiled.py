@@ -153,7 +153,8 @@ class CompiledSynthesizer:
             global_, local = features.split(config.batch)
             oh = F.cross_entropy(logits, targets)
             adv = adversarial_loss(student(both[: config.batch]), logits, mapping)
-            cr = contrastive_loss(self.head, local, global_, *cached, config.cr_temperature)
+            rows = [torch.cat([local.detach(), part]) for part in cached]  # with room for a batch
+            cr = contrastive_loss(self.head, local, global_, *rows, config.cr_temperature)
             total = config.bn * bn + config.oh * oh + config.adv * adv + config.cr * cr
             seen = torch.cat([local, global_], dim=1).detach()
             return torch.stack([bn, oh, adv, cr, total]), images, seen

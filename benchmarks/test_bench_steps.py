@@ -76,9 +76,14 @@ def test_synthesis_step(
             call, setup=lambda: made.rewind(task), group="synthesis step",
             stage=f"synthesis step for {task}, {cached} negatives", engine=engine,
             precision=precision, digest=problem.digest(), per=problem.config.synthesis.steps,
-            rounds=sizes.rounds, warm=extra_warmth(engine, device), memory=sizes.name != "paper",
-            flop=counted or None, reference_flop=flop,
+            rounds=sizes.rounds, warm=extra_warmth(engine, device),
+            memory=sees_memory(sizes, device), flop=counted or None, reference_flop=flop,
         )  # fmt: skip
+
+
+def sees_memory(sizes: Scale, device: torch.device) -> bool:
+    """One more call of the paper's size is worth it on a GPU alone."""
+    return sizes.name != "paper" or device.type == "cuda"
 
 
 def test_prompt_step(
@@ -114,8 +119,8 @@ def prompt_step(
         measure(
             made.store, group=group, stage=stage, engine=engine, precision=precision,
             digest=problem.digest(), per=problem.config.storing.steps, rounds=sizes.rounds,
-            warm=extra_warmth(engine, device), memory=sizes.name != "paper", flop=counted or None,
-            reference_flop=flop, **more,
+            warm=extra_warmth(engine, device), memory=sees_memory(sizes, device),
+            flop=counted or None, reference_flop=flop, **more,
         )  # fmt: skip
 
 
@@ -135,6 +140,23 @@ def test_epoch(
     contestant: tuple[str, str], sizes: Scale, measure: Measure, once: Callable[..., Any],
     tmp_path: Path,
 ) -> None:  # fmt: skip
+    epoch("epoch with evaluation", contestant, sizes, measure, once, tmp_path)
+
+
+def test_epoch_offloaded(
+    contestant: tuple[str, str], sizes: Scale, measure: Measure, once: Callable[..., Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """What the setting ``offload`` costs in time and saves in memory."""
+    if contestant != ("fast", "bf16") or measure.session.device.type != "cuda":
+        pytest.skip("the fast engine offloads, from a GPU; one precision says what it costs")
+    epoch("epoch, offloaded", contestant, sizes, measure, once, tmp_path, offload=True)
+
+
+def epoch(
+    stage: str, contestant: tuple[str, str], sizes: Scale, measure: Measure,
+    once: Callable[..., Any], folder: Path, *, offload: bool = False,
+) -> None:  # fmt: skip
     """Both syntheses, banks, storing and evaluation; successive epochs, as in a run."""
     engine, precision = contestant
     skip_at_small(engine, sizes, worth_compiling=False)
@@ -147,7 +169,8 @@ def test_epoch(
 
     def world(problem: Problem, name: str, precision: str) -> World:
         made = engines.make(name)
-        return World(problem, made, device, tmp_path / name, precision=precision)
+        mine = offload and name == "fast"
+        return World(problem, made, device, folder / name, precision=precision, offload=mine)
 
     def by_reference() -> Any:
         with engines.running_at("fp32"):
@@ -161,9 +184,9 @@ def test_epoch(
         made.epoch(0)
         numbers = iter(range(1, 100))
         measure(
-            lambda: made.epoch(next(numbers)), group="epoch", stage="epoch with evaluation",
+            lambda: made.epoch(next(numbers)), group="epoch", stage=stage,
             engine=engine, precision=precision, digest=problem.digest(), rounds=2,
-            warm=extra_warmth(engine, device), memory=sizes.name != "paper",
+            warm=extra_warmth(engine, device), memory=sees_memory(sizes, device),
             steps={"synthesis": 2 * problem.config.synthesis.steps,
                    "storing": problem.config.storing.steps},
         )  # fmt: skip

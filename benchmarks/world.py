@@ -19,6 +19,7 @@ from kiop_fast.engine import Engine
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate, random_mapping
 from kiop_fast.runtime import draws
 from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.offload import SharedPlace
 from kiop_fast.runtime.optimizers import sgd
 from kiop_fast.runtime.profile import Counter
 from kiop_fast.runtime.static_step import Scratch
@@ -74,6 +75,7 @@ class Job:
     Attributes:
         system: the engine's synthesizer, its bank holding ``problem.cached`` rows.
         student: normalised images → A's unmapped logits through the prompt.
+        tenant: what the synthesizer keeps from call to call, where tasks share a place for it.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Job:
         )  # fmt: skip
         if problem.cached:
             self.system.features.add(feature_rows(problem.cached, features).to(world.device))
+        self.tenant = world.place.join(self.system.lasting) if world.place else None
         channels = generator_channels(config.synthesis, source)
         self.bank = world.engine.image_bank(
             channels, config.side, world.device, folder / name, capacity=problem.bank + 1024
@@ -120,16 +123,18 @@ class World:
         folder: scratch, for image banks made of files.
         precision: of the fast engine, which alone has that setting.
         jobs: names of the tasks to prepare, ``A``, ``B``, ``B2`` …; all by default.
+        offload: the fast engine's setting of that name.
     """
 
     def __init__(
         self, problem: Problem, engine: Engine, device: torch.device, folder: Path,
-        jobs: tuple[str, ...] | None = None, precision: str = "fp32",
+        jobs: tuple[str, ...] | None = None, precision: str = "fp32", offload: bool = False,
     ) -> None:  # fmt: skip
         self.problem, self.engine, self.device = problem, engine, device
         config, side = problem.config, problem.config.side
         fast = engine.name == "fast"
-        execution = Execution(precision, scratch=Scratch(device))  # as a run makes it
+        execution = Execution(precision, scratch=Scratch(device, frugal=offload))  # as a run's
+        self.place = SharedPlace(device) if offload else None
         self.execution = {"execution": execution} if fast else {}
         self.spares_last = fast and device.type == "cpu"
         self.target, *providers = (
@@ -190,6 +195,8 @@ class World:
         job, drawn = self.jobs[name], self._drawn(name, epoch)
 
         def call() -> Synthesised:
+            if job.tenant is not None:
+                job.tenant.enter()
             with self._fixed():
                 result: Synthesised = job.system.synthesize(drawn, job.prompted.logits, job.mapping)
             return result

@@ -241,6 +241,7 @@ class RunConfig:
     precision: str = "fp32"  # fp32 | bf16x3 | tf32 | bf16: how the fast engine multiplies
     graphs: bool = True  # on CUDA, capture each step as a graph (engine fast)
     compile: bool = False  # torch.compile for generator and projection head (engine fast)
+    offload: bool = False  # on CUDA, heads and feature banks of tasks at rest lie in host memory
     prompt: PromptConfig = field(default_factory=PromptConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     storing: StoringConfig = field(default_factory=StoringConfig)

@@ -10,6 +10,7 @@ import torch
 
 from kiop_fast.config import RunConfig
 from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.offload import SharedPlace
 from kiop_fast.runtime.static_step import Scratch
 
 
@@ -44,7 +45,11 @@ class Engine:
             return {}
         # Dropout masks are drawn on the host, layer by layer: nothing a graph could replay.
         graphs = config.graphs and not config.prompt.dropout
-        execution = Execution(config.precision, graphs, config.compile, Scratch(device))
+        offload = config.offload and device.type == "cuda"
+        execution = Execution(
+            config.precision, graphs, config.compile, Scratch(device, frugal=offload),
+            SharedPlace(device) if offload else None,
+        )  # fmt: skip
         execution.check(device)
         return {"execution": execution}
 

@@ -136,6 +136,7 @@ class Run:
         period, losses, made = self.config.synthesis, {}, {}
         epoch = turn // self.config.rounds
         for task in (task for task in self.tasks if epoch < task.epochs):
+            task.enter()
             rows, results = [], []
             steps = [period.steps_of(turn, call) for call in range(period.calls)]
             for call in range(period.calls):

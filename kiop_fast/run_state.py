@@ -23,9 +23,11 @@ def run_state(run: Run) -> dict[str, Tensor]:
         if task.mapping is not None:
             tensors[f"{task.name}.mapping"] = task.mapping
         if task.synthesizer is not None:
-            head = task.synthesizer.head
-            tensors |= module_tensors(head, f"{task.name}.head")
-            tensors |= optimizer_tensors(task.synthesizer.head_optimizer, f"{task.name}.adam")
+            task.enter()
+            head = module_tensors(task.synthesizer.head, f"{task.name}.head")
+            head |= optimizer_tensors(task.synthesizer.head_optimizer, f"{task.name}.adam")
+            # Copied now: the next task's may take their place on the device.
+            tensors |= {name: value.cpu() for name, value in head.items()}
         if task.start is not None:
             tensors |= task.start.tensors(f"{task.name}.start")
     return tensors
@@ -43,6 +45,7 @@ def restore(
             task.mapping.copy_(tensors[f"{task.name}.mapping"])
         if task.synthesizer is None:
             continue
+        task.enter()
         load_module(task.synthesizer.head, tensors, f"{task.name}.head")
         load_optimizer(task.synthesizer.head_optimizer, tensors, f"{task.name}.adam")
         if task.start is not None:

@@ -26,6 +26,7 @@ from kiop_fast.engine import Engine
 from kiop_fast.prompt import check_class_counts, disjoint_mappings, random_mapping
 from kiop_fast.runtime import draws
 from kiop_fast.runtime.execution import Execution
+from kiop_fast.runtime.offload import Tenant
 from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.sources import Sources
 from kiop_fast.store import augmentation
@@ -47,6 +48,8 @@ class Task:
         epochs: in which it makes them, from the first on.
         start: where its generators start; None: anew at every call.
         feed: makes the bank's batches where the kernel ``bank_replay`` does not.
+        tenant: what the synthesizer keeps from call to call, if the tasks have one place on the
+            device for it in turns (setting ``offload``).
     """
 
     name: str
@@ -59,6 +62,12 @@ class Task:
     epochs: int = 0
     start: MetaStart | None = None
     feed: Feed | None = None
+    tenant: Tenant | None = None
+
+    def enter(self) -> None:
+        """From now on the synthesizer's tensors hold this task's values, no other's."""
+        if self.tenant is not None:
+            self.tenant.enter()
 
 
 # The statistics that the authors' scripts normalise synthetic images with, where these differ
@@ -154,7 +163,11 @@ def _task(
     bank = engine.image_bank(channels, config.side, device, scratch / name, capacity=images)
     feed = _dali_replay(config, source, bank, channels, device)
     start = MetaStart(period.meta_rate) if period.start == "meta" else None
-    return Task(name, source, depth, mapping, weight, bank, synthesizer, epochs, start, feed)
+    place = execution["execution"].offload if execution else None
+    tenant = place.join(synthesizer.lasting) if place else None
+    return Task(
+        name, source, depth, mapping, weight, bank, synthesizer, epochs, start, feed, tenant
+    )
 
 
 def _real_images(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from stand_ins import tiny_source
 from torch import nn
 from typer.testing import CliRunner
 
@@ -132,6 +133,15 @@ def test_the_paper_setting_of_resnet50_needs_twenty_gigabytes() -> None:
     full = override(config, {"epochs": 640})
     everything = sum(fixed_bytes(full, Sources(target, ())).values())
     assert 20e9 < everything < 21e9
+
+
+def test_offloaded_tasks_take_the_room_of_the_largest() -> None:
+    sources = Sources(tiny_source("target", 7, 1), (tiny_source("one", 4, 2),) * 2)
+    config = override(preset("paper-bf"), {"epochs": 3})
+    each, shared = (fixed_bytes(config, sources, offload=offload) for offload in (False, True))
+    for part in ("projection heads", "feature banks"):
+        assert shared[part] == each[part] / 3 > 0  # all three have the same width
+    assert shared["models"] == each["models"]
 
 
 def build_resnet50() -> nn.Module:

@@ -15,13 +15,20 @@ def operands(dtype: torch.dtype) -> list[torch.Tensor]:
     return [wave(*shape, pace=0.3 + k).to(dtype) for k, shape in enumerate(shapes)]
 
 
+def room_and(fixed: torch.Tensor) -> torch.Tensor:
+    """Fixed rows behind room for the five that move, in a part of a wider buffer."""
+    buffer = torch.full((5 + len(fixed), 2 * fixed.shape[1]), torch.nan, dtype=fixed.dtype)
+    buffer[5:, : fixed.shape[1]] = fixed
+    return buffer[:, : fixed.shape[1]]
+
+
 @pytest.mark.parametrize("fixed_rows", [0, 3])
 def test_gradients_of_moving_rows_weight_and_bias(fixed_rows: int) -> None:
     """Against y = x wᵀ + b: dx = g w on the moving rows, dw = gᵀ x, db = Σ g."""
     moving, fixed, weight, bias, cotangent = operands(torch.float64)
     fixed, cotangent = fixed[:fixed_rows], cotangent[: 5 + fixed_rows]
     learned = [t.requires_grad_() for t in (moving, weight, bias)]
-    ours = linear(moving, weight, bias, fixed)
+    ours = linear(moving, weight, bias, room_and(fixed))
     rows = torch.cat([moving, fixed]).detach()
     torch.testing.assert_close(ours, rows @ weight.T + bias)
     by_moving, by_weight, by_bias = torch.autograd.grad(ours, learned, cotangent)
@@ -33,7 +40,7 @@ def test_gradients_of_moving_rows_weight_and_bias(fixed_rows: int) -> None:
 def test_split_products_of_moving_and_fixed_rows() -> None:
     moving, fixed, weight, bias, cotangent = operands(torch.float32)
     weight.requires_grad_()
-    ours = linear(moving, weight, bias, fixed, product=split_product)
+    ours = linear(moving, weight, bias, room_and(fixed), product=split_product)
     rows = torch.cat([moving, fixed])
     torch.testing.assert_close(ours, rows @ weight.T + bias, rtol=1e-4, atol=1e-4)
     (by_weight,) = torch.autograd.grad(ours, weight, cotangent)
@@ -46,7 +53,7 @@ def test_under_autocast(inside: bool) -> None:
     moving, fixed, weight, bias, cotangent = operands(torch.float32)
     learned = [t.requires_grad_() for t in (moving, weight, bias)]
     with torch.autocast("cpu", torch.bfloat16):
-        ours = linear(moving, weight, bias, fixed)
+        ours = linear(moving, weight, bias, room_and(fixed))
         if inside:
             grads = torch.autograd.grad(ours, learned, cotangent.bfloat16())
     if not inside:

@@ -5,6 +5,7 @@ The tests marked ``gpu`` run in a process of their own there; see :mod:`emulated
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ from stand_ins import tiny_source
 from kiop_fast.config import RunConfig
 from kiop_fast.config_io import override
 from kiop_fast.pipeline import train
+from kiop_fast.run import Run
 from kiop_fast.runtime.execution import Execution
 from kiop_fast.runtime.static_step import Scratch
 from kiop_fast.sources import Sources
@@ -83,6 +85,7 @@ TINY: dict[str, Any] = {
 RUNS: dict[str, dict[str, Any]] = {
     "two calls, sampled negatives": {"synthesis": {"calls": 2}},
     "two providers": {"prompt": {"rings": [11, 12, 14]}},
+    "offloaded, two providers": {"offload": True, "prompt": {"rings": [11, 12, 14]}},
     "one ring": {"mode": "t", "prompt": {"rings": [12]}},
     "vanilla": {"mode": "vanilla"},
     "running": {"prompt": {"batchnorm": "running"}},
@@ -102,7 +105,7 @@ def test_a_run_learns_what_it_learns_on_the_cpu(name: str, double: None, tmp_pat
     for device in ("cpu", "cuda"):
         providers = [tiny_source("one", 4, 2), tiny_source("two", 5, 3)]
         sources = Sources(
-            tiny_source("target", 7, 1), tuple(providers[: 1 + (name == "two providers")])
+            tiny_source("target", 7, 1), tuple(providers[: 1 + ("two providers" in name)])
         )
         for source in (sources.target, *sources.providers):
             source.model.to(device)
@@ -115,6 +118,50 @@ def test_a_run_learns_what_it_learns_on_the_cpu(name: str, double: None, tmp_pat
     assert changed["cuda"] == changed["cpu"]
     if name.endswith("mappings within a period"):
         assert all(epoch["one"] > 0 for epoch in changed["cuda"]), "graphs read what has moved"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_an_offloaded_run_goes_on_where_it_stopped(double: None, tmp_path: Path) -> None:
+    """Its checkpoint has every task's head, moments and features, whoever has the place."""
+    sources = Sources(tiny_source("target", 7, 1), (tiny_source("one", 4, 2),))
+    for source in (sources.target, *sources.providers):
+        source.model.to(CUDA)
+    config = override(override(RunConfig(device="cuda"), TINY), {"epochs": 3, "offload": True})
+    whole = train(config, tmp_path / "whole", sources=sources)
+
+    def stop(stage: str, done: int, total: int, **values: float) -> None:
+        if stage.startswith("epoch 3/3") and "store" in stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "halved", sources=sources, progress=stop)
+    halved = train(config, tmp_path / "halved", sources=sources, resume=True)
+    for one, other in zip(whole.metrics, halved.metrics, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.gpu
+@needs_emulation
+def test_offloaded_tasks_take_the_memory_of_the_largest(tmp_path: Path) -> None:
+    from emulated_cuda import CARD
+
+    sources = Sources(tiny_source("target", 7, 1), (tiny_source("one", 4, 2),))
+    for source in (sources.target, *sources.providers):
+        source.model.to(CUDA)
+    held = {}
+    for offload in (False, True):
+        gc.collect()
+        before = CARD.memory.now[None]
+        config = override(RunConfig(device="cuda", offload=offload), TINY)
+        run = Run(config, sources, CUDA, tmp_path)
+        for task in run.tasks:
+            task.enter()
+        gc.collect()
+        held[offload] = CARD.memory.now[None] - before
+        sizes = [sum(t.nbytes for t in task.synthesizer.lasting) for task in run.tasks]
+        del run, task
+    assert held[False] - held[True] == pytest.approx(min(sizes), abs=2 * 512 * 13)
 
 
 @pytest.mark.gpu

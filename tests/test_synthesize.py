@@ -80,6 +80,22 @@ def test_feature_bank_is_a_ring(room: str, capacity: int, batches: list[int]) ->
     assert torch.equal(chosen, bank.pairs()[0][[2, 0]])
 
 
+def test_a_batch_finds_room_before_the_rows() -> None:
+    bank = synthesize.FeatureBank(4, 2, CPU, room=3)
+    assert [part.shape for part in bank.beside(0)] == [(3, 2), (3, 2)]
+    for start in (0, 4, 8):  # wraps
+        bank.add(torch.arange(start, start + 4)[:3, None] * torch.tensor([1.0, 1.0, 100.0, 100.0]))
+        for part in bank.beside(bank.stored):
+            part[:3] = -1.0
+    assert bank.stored == 4
+    local, global_ = bank.beside(4)
+    assert local.data_ptr() == bank.beside(0)[0].data_ptr(), "no copy"
+    assert local.tolist() == [[-1.0, -1.0]] * 3 + bank.pairs()[0].tolist()
+    assert torch.equal(global_[3:], 100 * local[3:])
+    chosen, _ = bank.beside(torch.tensor([2, 0, 2]))
+    assert torch.equal(chosen[3:], bank.pairs()[0][[2, 0, 2]])
+
+
 @ROOMS
 def test_image_bank_keeps_order(room: str) -> None:
     bank = engine(room).image_bank(3, 8, CPU, None)
@@ -114,15 +130,16 @@ def no_student(images: Tensor) -> Tensor:
 
 
 def test_the_head_by_its_formula() -> None:
-    """normalise(relu(x W₁ᵀ + b₁) W₂ᵀ + b₂), whichever rows are fixed; those pass no gradient."""
+    """normalise(relu(x W₁ᵀ + b₁) W₂ᵀ + b₂), whichever rows are constants."""
     head = synthesize.ProjectionHead(5, 4, 3)
     x = wave(6, 5).requires_grad_()
     hidden = (x @ head.first.weight.T + head.first.bias).clamp(min=0)
     expected = hidden @ head.second.weight.T + head.second.bias
     expected = expected / expected.square().sum(1, keepdim=True).sqrt()
     torch.testing.assert_close(head(x), expected)
-    torch.testing.assert_close(head(x[:2], x[2:]), expected)
-    (by_rows,) = torch.autograd.grad(head(x[:2], x[2:]).sum(), x)
+    rows = torch.cat([torch.full((2, 5), torch.nan), x[2:].detach()])
+    torch.testing.assert_close(head(x[:2], rows), expected)
+    (by_rows,) = torch.autograd.grad(head(x[:2], rows).sum(), x)
     assert not by_rows[2:].any()
     torch.testing.assert_close(by_rows[:2], torch.autograd.grad(expected.sum(), x)[0][:2])
 

@@ -137,10 +137,15 @@ def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def fixed_bytes(config: RunConfig, sources: Sources) -> dict[str, float]:
-    """Bytes that a run holds apart from activations: models, heads, banks."""
+def fixed_bytes(config: RunConfig, sources: Sources, *, offload: bool = False) -> dict[str, float]:
+    """Bytes that a run holds on its device apart from activations: models, heads, banks.
+
+    Args:
+        offload: heads and feature banks have one place in turns.
+    """
     period = config.synthesis
     held = {"models": 0.0, "projection heads": 0.0, "feature banks": 0.0, "image banks": 0.0}
+    lasting = [(0.0, 0.0)]  # of every task: head with its Adam, feature bank
     for source in (sources.target, *sources.providers):
         narrow = 2 if config.precision == "bf16" else 0  # casts that are kept
         held["models"] += (_BYTES + narrow) * _parameters(source.model)
@@ -152,10 +157,13 @@ def fixed_bytes(config: RunConfig, sources: Sources) -> dict[str, float]:
         width = sum(layer.num_features for layer in batchnorm_layers(source.model).values())
         hidden = period.head_width or width
         head = (width + 1) * hidden + (hidden + 1) * period.head_dim
-        held["projection heads"] += _ADAM * _BYTES * head if period.cr else 0
         row = 2 * width * (2 if config.precision == "bf16" else _BYTES)
-        held["feature banks"] += row * min(period.bank_rows, images)
+        lasting.append((
+            _ADAM * _BYTES * head if period.cr else 0.0, row * min(period.bank_rows, images)
+        ))  # fmt: skip
         held["image banks"] += images * source.info.channels * config.side**2
+    kept = [max(lasting, key=sum)] if offload else lasting
+    held["projection heads"], held["feature banks"] = map(sum, zip(*kept, strict=True))
     return held
 
 
@@ -189,7 +197,7 @@ def _activations(config: RunConfig, sources: Sources, device: torch.device) -> f
 
 
 def _memory(config: RunConfig, sources: Sources, device: torch.device) -> Check:
-    parts = fixed_bytes(config, sources)
+    parts = fixed_bytes(config, sources, offload=config.offload and device.type == "cuda")
     parts["activations"] = _activations(config, sources, device)
     needed, free = sum(parts.values()), free_memory(device)
     listed = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
@@ -197,9 +205,12 @@ def _memory(config: RunConfig, sources: Sources, device: torch.device) -> Check:
     if needed <= 0.9 * free:
         return Check("memory of the run", "pass", said)
     largest = max(parts, key=lambda name: parts[name])
+    several = len(sources.providers) + (config.mode == "bf") > 1
+    offers = device.type == "cuda" and several and not config.offload
+    offload = ", or offload=true" if offers else ""
     ways = {
-        "projection heads": "synthesis.head_width=256",
-        "feature banks": "synthesis.bank_rows=4096",
+        "projection heads": "synthesis.head_width=256" + offload,
+        "feature banks": "synthesis.bank_rows=4096" + offload,
         "activations": "a smaller synthesis.batch and storing.batch, or smaller prompt.rings",
         "image banks": "a smaller synthesis.batch or fewer epochs",
         "models": "smaller models",

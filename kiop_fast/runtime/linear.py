@@ -42,10 +42,10 @@ def split_product(a: Tensor, b: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, moving: Tensor, fixed: Tensor | None, weight: Tensor, bias: Tensor,
+        ctx: Any, moving: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor,
         product: Product | None,
     ) -> Tensor:  # fmt: skip
-        rows = moving if fixed is None else torch.cat([moving.to(fixed.dtype), fixed])
+        rows = moving if rows is None else rows
         result = F.linear(rows, weight, bias) if product is None else product(rows, weight.T) + bias
         # Under autocast the result is narrower than what came, and so are the gradient's products.
         ctx.save_for_backward(rows.to(result.dtype), weight.to(result.dtype))
@@ -67,19 +67,23 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(
-    moving: Tensor, weight: Tensor, bias: Tensor, fixed: Tensor | None = None,
+    moving: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None = None,
     product: Product | None = None,
 ) -> Tensor:  # fmt: skip
-    """``torch.nn.functional.linear`` of [moving; fixed] as one product each way.
+    """``torch.nn.functional.linear`` of rows whose leading ones move, as one product each way.
 
     Args:
         moving: (N, in); they take a gradient.
         weight, bias: (out, in) and (out,).
-        fixed: (M, in), constants in the dtype that is multiplied.
+        rows: (N + M, in) in the dtype that is multiplied: room for the moving rows, which are
+            written there, and M constants; None: the moving rows alone.
         product: of two matrices, for example :func:`split_product`; None: torch's.
 
     Returns:
         (N + M, out).
     """
-    result: Tensor = _Linear.apply(moving, fixed, weight, bias, product)
+    if rows is not None:
+        with torch.no_grad():
+            rows[: len(moving)].copy_(moving)
+    result: Tensor = _Linear.apply(moving, rows, weight, bias, product)
     return result

@@ -14,6 +14,7 @@ from kiop_fast.errors import OutOfMemoryError
 _SETTINGS = (
     "synthesis.head_width=512 (projection head and its Adam)",
     "synthesis.bank_rows or synthesis.negatives (feature bank, contrastive logits)",
+    "offload=true (on a GPU: heads and feature banks of tasks at rest go to host memory)",
     "synthesis.batch, storing.batch, evaluation.batch (activations)",
     "smaller prompt.rings (activations grow with the square of the canvas)",
 )

@@ -31,10 +31,11 @@ class Scratch:
 
     Args:
         device: a GPU; nothing is made before the first capture.
+        frugal: while a step is rehearsed the state it starts from is kept in host memory.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, frugal: bool = False) -> None:
+        self.device, self.frugal = device, frugal
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
@@ -93,7 +94,7 @@ class StaticStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(side):
             # Once everything is in its place, what waits is found before it breaks a capture.
-            rehearse(self.body, self.state, _REHEARSALS, _no_waiting)
+            rehearse(self.body, self.state, _REHEARSALS, _no_waiting, on_host=self._scratch.frugal)
             try:
                 # Loaders may work in threads of their own meanwhile.
                 whole = torch.cuda.graph(
@@ -109,20 +110,26 @@ class StaticStep:
 
 
 def rehearse(
-    body: Body, state: State, times: int, around_last: Callable[[], Any] = nullcontext
-) -> None:
+    body: Body, state: State, times: int, around_last: Callable[[], Any] = nullcontext,
+    *, on_host: bool = False,
+) -> None:  # fmt: skip
     """Call ``body`` so many times, always from the present state, which it is left in.
 
     Args:
         around_last: makes the context of the last call.
+        on_host: the state is kept in host memory meanwhile, not on its device.
     """
-    before = [tensor.detach().clone() for tensor in state()]
+    before = [_copy(tensor, on_host) for tensor in state()]
     for left in reversed(range(times)):
         with _disable_current_modes(), nullcontext() if left else around_last():
             body()
         with torch.no_grad():
             for tensor, value in zip(state(), before, strict=True):
                 tensor.copy_(value)
+
+
+def _copy(tensor: Tensor, on_host: bool) -> Tensor:
+    return tensor.detach().to("cpu", copy=True) if on_host else tensor.detach().clone()
 
 
 def abandon(graph: torch.cuda.CUDAGraph, scratch: Scratch) -> None:

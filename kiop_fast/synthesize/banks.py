@@ -60,18 +60,26 @@ class FeatureBank:
         capacity: rows kept.
         width: of one feature; a row is twice as wide.
         dtype: what the rows are used as; they are rounded once, when they are written.
+        room: rows in front of those kept, where a step puts its batch.
 
     Attributes:
-        rows: (capacity, 2 width).
+        buffer: (room + capacity, 2 width).
         count: rows stored, 0-d on the device; None unless a padded window was asked for.
     """
 
     def __init__(
-        self, capacity: int, width: int, device: torch.device, dtype: torch.dtype | None = None
-    ) -> None:
-        self.rows = torch.zeros(capacity, 2 * width, device=device, dtype=dtype)
+        self, capacity: int, width: int, device: torch.device, dtype: torch.dtype | None = None,
+        room: int = 0,
+    ) -> None:  # fmt: skip
+        self.buffer = torch.zeros(room + capacity, 2 * width, device=device, dtype=dtype)
+        self._room = room
         self.count: Tensor | None = None
         self.added = 0
+
+    @property
+    def rows(self) -> Tensor:
+        """(capacity, 2 width)."""
+        return self.buffer[self._room :]
 
     @property
     def stored(self) -> int:
@@ -104,4 +112,18 @@ class FeatureBank:
     def pairs(self, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor]:
         """Local and global features, each (n, width): all stored rows, or those asked for."""
         local, global_ = self.rows[slice(self.stored) if rows is None else rows].chunk(2, dim=1)
+        return local, global_
+
+    def beside(self, rows: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Local and global features, each (room + n, width): room for a batch, then rows.
+
+        Args:
+            rows: numbers of the rows, which are gathered; or how many of the first.
+        """
+        if isinstance(rows, int):
+            seen = self.buffer[: self._room + rows]
+        else:
+            seen = self.buffer.new_empty(self._room + len(rows), self.buffer.shape[1])
+            torch.index_select(self.rows, 0, rows, out=seen[self._room :])
+        local, global_ = seen.chunk(2, dim=1)
         return local, global_

@@ -50,17 +50,17 @@ class ProjectionHead(nn.Module):
         return [parameter.to(dtype) for parameter in self.parameters()]
 
     def forward(
-        self, features: Tensor, fixed: Tensor | None = None, weights: list[Tensor] | None = None
+        self, features: Tensor, rows: Tensor | None = None, weights: list[Tensor] | None = None
     ) -> Tensor:
-        """Embed [features; fixed], (N + M, dim); the fixed rows pass no gradient.
+        """Embed features and what follows them, (N + M, dim); only features pass a gradient.
 
         Args:
             features: (N, features).
-            fixed: (M, features); None: no rows.
+            rows: (N + M, features): room for the features, then M constants; None: no constants.
             weights: made by :meth:`weights`; None: the parameters.
         """
         first, first_bias, second, second_bias = weights or self.parameters()
-        hidden = linear(features, first, first_bias, fixed, self.product).relu_()
+        hidden = linear(features, first, first_bias, rows, self.product).relu_()
         return F.normalize(linear(hidden, second, second_bias, product=self.product), dim=1)
 
 
@@ -80,8 +80,8 @@ def contrastive_loss(
     head: Callable[[Tensor, Tensor], Tensor],
     local: Tensor,
     global_: Tensor,
-    cached_local: Tensor,
-    cached_global: Tensor,
+    local_rows: Tensor,
+    global_rows: Tensor,
     temperature: float,
     count: Tensor | None = None,
 ) -> Tensor:
@@ -92,15 +92,15 @@ def contrastive_loss(
     added; with an empty bank there is no cached term.
 
     Args:
-        head: the projection head, of moving and of fixed rows.
+        head: the projection head, of features and of rows with room for them.
         local, global_: (N, F) features of this batch.
-        cached_local, cached_global: (n, F) rows of the feature bank.
+        local_rows, global_rows: (N + n, F): room for the batch, then rows of the feature bank.
         count: how many of the cached rows hold features, 0-d on the device; None: all.
     """
-    batch, cached = len(local), len(cached_local)
-    queries = head(local, cached_local)
-    with torch.no_grad():
-        keys = head(global_, cached_global)
+    batch, cached = len(local), len(local_rows) - len(local)
+    with torch.no_grad():  # first: what it takes in between is free again for the queries
+        keys = head(global_, global_rows)
+    queries = head(local, local_rows)
     weights = local.new_full((batch + cached,), 1.0 / batch)
     if cached:
         weights[batch:] = 1.0 / (cached if count is None else count.clamp(min=1))

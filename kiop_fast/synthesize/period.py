@@ -15,7 +15,7 @@ from kiop_fast.runtime import draws
 from kiop_fast.runtime.execution import PLAIN, Execution
 from kiop_fast.runtime.heap import kept_heap
 from kiop_fast.runtime.linear import split_product
-from kiop_fast.runtime.optimizers import adam
+from kiop_fast.runtime.optimizers import adam, state_tensors
 from kiop_fast.source import Source, batchnorm_layers
 from kiop_fast.synthesize.banks import FeatureBank, quantise
 from kiop_fast.synthesize.generator import Generator, generator_weights, load_weights
@@ -130,11 +130,17 @@ class Synthesizer:
         self.head.to(device)
         self.head_optimizer = adam(self.head.parameters(), config.lr)
         factors = execution.factors(self.head.first.weight.dtype)  # the head takes its rows so
-        self.features = FeatureBank(bank_rows, features, device, factors)
+        self.features = FeatureBank(bank_rows, features, device, factors, config.batch)
         self._step = SynthesisStep(
             teacher, config, normaliser, self.generator, self.head, self.head_optimizer,
             self.features, execution,
         )  # fmt: skip
+
+    @property
+    def lasting(self) -> list[Tensor]:
+        """What a call takes over from the one before: head, its Adam and the feature bank."""
+        adam = state_tensors(self.head_optimizer)
+        return [*self.head.parameters(), *adam, self.features.buffer]
 
     @property
     def captures(self) -> int:

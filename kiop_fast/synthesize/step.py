@@ -196,20 +196,18 @@ class SynthesisStep:
         global_, local = features.split(batch)
         oh = F.cross_entropy(logits, self.targets)
         adv = cr = self.mean.new_zeros(())
-        if config.adv:
+        if config.cr:
+            with stage("contrastive"):
+                rows = self.features.beside(self._row("negatives") if call.sampled else call.cached)
+                weights = self.head.weights(self.features.rows.dtype)
+                cr = contrastive_loss(
+                    partial(self._embed, weights=weights), local, global_, *rows,
+                    config.cr_temperature, None if call.sampled else self.features.count,
+                )  # fmt: skip
+        if config.adv:  # last: its backward pass comes first and frees what is largest
             with stage("student"):
                 mapping = self._tables.get("mapping")
                 adv = adversarial_loss(call.student(both[:batch]), logits, mapping)
-        if config.cr:
-            with stage("contrastive"):
-                cached = self.features.pairs(
-                    self._row("negatives") if call.sampled else slice(call.cached)
-                )
-                weights = self.head.weights(self.features.rows.dtype)
-                cr = contrastive_loss(
-                    partial(self._embed, weights=weights), local, global_, *cached,
-                    config.cr_temperature, None if call.sampled else self.features.count,
-                )  # fmt: skip
         total = config.bn * bn + config.oh * oh + config.adv * adv + config.cr * cr
         return [bn, oh, adv, cr, total], torch.cat([local, global_], dim=1).detach()
 
