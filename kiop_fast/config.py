@@ -257,12 +257,11 @@ class RunConfig:
                      "storing.replay=dali", "storing.replay=kernel")  # fmt: skip
             _require(self.precision == "fp32", "the reference engine computes in fp32",
                      self.precision, "precision fp32")  # fmt: skip
-        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        _require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         _require(self.side >= 8 and self.side % 4 == 0, "side", self.side,
                  "a multiple of 4, at least 8 (the generator doubles twice)")  # fmt: skip
-        _require(self.threads >= 0, "threads is negative", self.threads, "0 or more")
-        _require(self.seed >= 0, "seed is negative", self.seed, "0 or more")
+        for name, least in (("epochs", 1), ("rounds", 1), ("threads", 0), ("seed", 0)):
+            value = getattr(self, name)
+            _require(value >= least, f"{name} is too small", value, f"at least {least}")
         if self.mode == "vanilla":
             _require(len(self.providers) <= 1, "mode vanilla imitates one provider",
                      len(self.providers), "one provider")  # fmt: skip

@@ -64,15 +64,9 @@ def bn_match_eager(
 
 
 def _forward_eager(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rows: int,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None,
+    bias: Tensor | None, eps: float, rows: int, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(output, loss, image_means, slopes): slopes (3, C) are δ, and the loss by mean and by var."""
     acc = dispatch.accumulation_dtype(x)
     pixels = x.shape[2] * x.shape[3]
@@ -105,20 +99,10 @@ def _scale(running_var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _backward_eager(
-    grad_output: Tensor | None,
-    grad_loss: Tensor | None,
-    grad_means: Tensor | None,
-    x: Tensor,
-    output: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor,
-    eps: float,
-    rows: int,
-    relu: bool,
-) -> Tensor:
+    grad_output: Tensor | None, grad_loss: Tensor | None, grad_means: Tensor | None, x: Tensor,
+    output: Tensor | None, running_mean: Tensor, running_var: Tensor, weight: Tensor | None,
+    bias: Tensor | None, slopes: Tensor, eps: float, rows: int, relu: bool,
+) -> Tensor:  # fmt: skip
     """dx; where a ReLU made ``output``, its zeros stop ``grad_output``."""
     acc = slopes.dtype
     pixels = x.shape[2] * x.shape[3]
@@ -165,15 +149,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 @torch.library.custom_op("kiop_fast::bn_match", mutates_args=())
 def _bn_match(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rows: int,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None,
+    bias: Tensor | None, eps: float, rows: int, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     forward = (
         launch_fwd if _use_triton(x, running_mean, running_var, weight, bias) else _forward_eager
     )
@@ -187,20 +165,10 @@ def _(x, running_mean, running_var, weight, bias, eps, rows, relu):  # type: ign
 
 @torch.library.custom_op("kiop_fast::bn_match_backward", mutates_args=())
 def _bn_match_backward(
-    grad_output: Tensor | None,
-    grad_loss: Tensor | None,
-    grad_means: Tensor | None,
-    x: Tensor,
-    output: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor,
-    eps: float,
-    rows: int,
-    relu: bool,
-) -> Tensor:
+    grad_output: Tensor | None, grad_loss: Tensor | None, grad_means: Tensor | None, x: Tensor,
+    output: Tensor | None, running_mean: Tensor, running_var: Tensor, weight: Tensor | None,
+    bias: Tensor | None, slopes: Tensor, eps: float, rows: int, relu: bool,
+) -> Tensor:  # fmt: skip
     x = dense(x)[0]
     layer = (running_mean, running_var, weight, bias)
     if _use_triton(x, *layer):  # sees the ReLU's cut in x, which it reads anyway

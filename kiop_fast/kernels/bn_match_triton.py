@@ -45,19 +45,10 @@ def _bn_match_fwd_kernel(
     output_ptr,  # as x
     image_means_ptr,  # (N, C)
     sums_ptr,  # (chunks, 2, C): Σ(x - r) and Σ(x - r)² over a chunk's images below rows
-    n_images,
-    channels,
-    pixels,
-    rows,
-    chunk_images,
-    eps,
-    CHANNELS_LAST: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    RELU: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    n_images, channels, pixels, rows, chunk_images, eps,
+    CHANNELS_LAST: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """BLOCK_C channels of chunk_images images, BLOCK_P pixels at a time."""
     chunk = tl.program_id(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -236,15 +227,9 @@ def _pointers(
 
 
 def launch_fwd(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rows: int,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None,
+    bias: Tensor | None, eps: float, rows: int, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """output, loss, image_means and the slopes the backward starts from."""
     x, channels_last = dense(x)
     output, loss, image_means, slopes = empty_results(x)
@@ -276,19 +261,10 @@ def launch_fwd(
 
 
 def launch_bwd(
-    grad_output: Tensor | None,
-    grad_loss: Tensor | None,
-    grad_means: Tensor | None,
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor,
-    eps: float,
-    rows: int,
-    relu: bool,
-) -> Tensor:
+    grad_output: Tensor | None, grad_loss: Tensor | None, grad_means: Tensor | None, x: Tensor,
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    slopes: Tensor, eps: float, rows: int, relu: bool,
+) -> Tensor:  # fmt: skip
     """dx, laid out as x; a cotangent that is None is not read."""
     x, channels_last = dense(x)
     grad = torch.empty_like(x)

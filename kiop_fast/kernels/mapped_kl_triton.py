@@ -78,13 +78,8 @@ def _mapped_kl_fwd_kernel(
     n_rows, ka, kb, row_programs,
     stride_logits_row, stride_l, stride_target_row, stride_t,
     inverse_temperature, scale,
-    HAS_MAPPING: tl.constexpr,
-    INVERT: tl.constexpr,
-    ONLY_AGREEING: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    CHUNKED: tl.constexpr,
-    INVERT_BLOCK: tl.constexpr,
+    HAS_MAPPING: tl.constexpr, INVERT: tl.constexpr, ONLY_AGREEING: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_B: tl.constexpr, CHUNKED: tl.constexpr, INVERT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < row_programs:
@@ -198,11 +193,8 @@ def _mapped_kl_bwd_kernel(
     n_rows, ka, kb,
     stride_logits_row, stride_l, stride_target_row, stride_t,
     inverse_temperature, scale,
-    HAS_MAPPING: tl.constexpr,
-    NEED_LOGITS: tl.constexpr,
-    NEED_TARGET: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_MAPPING: tl.constexpr, NEED_LOGITS: tl.constexpr, NEED_TARGET: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = (o_row < n_rows)[:, None]
@@ -248,13 +240,9 @@ def _mapped_kl_bwd_kernel(
 
 
 def launch_fwd(
-    logits: Tensor,
-    target: Tensor,
-    mapping: Tensor | None,
-    temperature: float,
-    only_agreeing: bool,
-    invert: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, target: Tensor, mapping: Tensor | None, temperature: float,
+    only_agreeing: bool, invert: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, agreement, rows (6, N), inverse (Ka,)); the last is empty unless ``invert``."""
     (n_rows, ka), kb = logits.shape, target.shape[1]
     mapping = None if mapping is None else mapping.contiguous()
@@ -287,16 +275,9 @@ def launch_fwd(
 
 
 def launch_bwd(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    mapping: Tensor | None,
-    statistics: Tensor,
-    inverse: Tensor,
-    temperature: float,
-    need_logits: bool,
-    need_target: bool,
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, logits: Tensor, target: Tensor, mapping: Tensor | None, statistics: Tensor,
+    inverse: Tensor, temperature: float, need_logits: bool, need_target: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(grad_logits, grad_target), each of size 0 unless needed."""
     (n_rows, ka), kb = logits.shape, target.shape[1]
     mapping = None if mapping is None else mapping.contiguous()
