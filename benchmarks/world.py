@@ -112,6 +112,11 @@ class Job:
                 self.prompted, source, config.storing.temperature, config.storing.target_of_b
             )
 
+    def enter(self) -> None:
+        """As :meth:`kiop_fast.tasks.Task.enter`."""
+        if self.tenant is not None:
+            self.tenant.enter()
+
 
 class World:
     """A target and its providers, random but fixed, as one engine runs them.
@@ -134,7 +139,7 @@ class World:
         config, side = problem.config, problem.config.side
         fast = engine.name == "fast"
         execution = Execution(precision, scratch=Scratch(device, frugal=offload))  # as a run's
-        self.place = SharedPlace(device) if offload else None
+        self.place = SharedPlace(device) if offload and fast else None
         self.execution = {"execution": execution} if fast else {}
         self.spares_last = fast and device.type == "cpu"
         self.target, *providers = (
@@ -195,8 +200,7 @@ class World:
         job, drawn = self.jobs[name], self._drawn(name, epoch)
 
         def call() -> Synthesised:
-            if job.tenant is not None:
-                job.tenant.enter()
+            job.enter()
             with self._fixed():
                 result: Synthesised = job.system.synthesize(drawn, job.prompted.logits, job.mapping)
             return result
@@ -226,6 +230,7 @@ class World:
                 raise _Enough
 
         def call() -> None:
+            job.enter()
             with self._fixed(), suppress(_Enough):
                 job.system.synthesize(longer, job.prompted.logits, job.mapping, enough)
 

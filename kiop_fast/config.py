@@ -241,7 +241,7 @@ class RunConfig:
     precision: str = "fp32"  # fp32 | bf16x3 | tf32 | bf16: how the fast engine multiplies
     graphs: bool = True  # on CUDA, capture each step as a graph (engine fast)
     compile: bool = False  # torch.compile for generator and projection head (engine fast)
-    offload: bool = False  # on CUDA, heads and feature banks of tasks at rest lie in host memory
+    offload: bool = False  # on CUDA, tasks at rest lie in host memory (engine fast)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     storing: StoringConfig = field(default_factory=StoringConfig)
@@ -289,7 +289,8 @@ class RunConfig:
 
     def digest(self) -> str:
         """sha256 over everything that decides the numbers of the run, hex."""
-        text = json.dumps(to_dict(self), sort_keys=True)
+        kept = {name: value for name, value in to_dict(self).items() if name != "offload"}
+        text = json.dumps(kept, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -48,7 +48,7 @@ class Engine:
         offload = config.offload and device.type == "cuda"
         execution = Execution(
             config.precision, graphs, config.compile, Scratch(device, frugal=offload),
-            SharedPlace(device) if offload else None,
+            place=SharedPlace(device) if offload else None,
         )  # fmt: skip
         execution.check(device)
         return {"execution": execution}

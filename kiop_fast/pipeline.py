@@ -100,7 +100,8 @@ def train(
     if config.evaluation.every:
         for source in (sources.target, *sources.providers):
             require_test_data(source.info, config.side)
-    run = Run(config, sources, device, folder.path / "scratch", inner)
+    with explained_memory():
+        run = Run(config, sources, device, folder.path / "scratch", inner)
     if prepare is not None:
         prepare(run)
     folder.begin()

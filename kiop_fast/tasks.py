@@ -163,7 +163,7 @@ def _task(
     bank = engine.image_bank(channels, config.side, device, scratch / name, capacity=images)
     feed = _dali_replay(config, source, bank, channels, device)
     start = MetaStart(period.meta_rate) if period.start == "meta" else None
-    place = execution["execution"].offload if execution else None
+    place = execution["execution"].place if execution else None
     tenant = place.join(synthesizer.lasting) if place else None
     return Task(
         name, source, depth, mapping, weight, bank, synthesizer, epochs, start, feed, tenant

@@ -264,6 +264,8 @@ def test_help_is_quick_and_heavy_imports_wait() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+    program = "import sys, kiop_fast.run; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
     checkout = Path(kiop_fast.__file__).parent.parent / "cli.py"
     spent = []
     for _ in range(3):

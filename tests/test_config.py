@@ -93,7 +93,8 @@ def test_an_override_reaches_every_setting() -> None:
             changes["prompt.mapping"] = "random"
         changed = override(base, parse_overrides(f"{k}={v}" for k, v in changes.items()))
         assert read(changed, key) != read(base, key), key
-        assert changed.digest() != base.digest(), key
+        decides = key != "offload"  # with it a run may go on that began without
+        assert (changed.digest() != base.digest()) is decides, key
 
 
 def test_overrides_parse_toml_or_text() -> None:

@@ -35,6 +35,16 @@ def test_tensors_without_memory_are_passed_over() -> None:
     del traced, shape_only, expanded
 
 
+def test_a_block_of_several_goes_by_its_largest() -> None:
+    block = torch.zeros(8_004_000, dtype=torch.uint8)
+    parts = [block[:4_000_000].view(torch.float32).view(1000, 1000), block[4_000_000:]]
+    named = largest_tensors(10_000)
+    assert "(1000, 1000) float32 and others, 8.0 MB" in named
+    assert not [name for name in named if name.startswith("(8004000,)")]
+    assert not largest_tensors(device="cuda")
+    del parts
+
+
 def test_an_allocation_that_cannot_be_is_explained() -> None:
     with pytest.raises(OutOfMemoryError, match="largest tensors") as error, explained_memory():
         torch.empty(1 << 50)

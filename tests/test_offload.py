@@ -39,15 +39,16 @@ def test_turns_change_nothing(widths: tuple[int, int]) -> None:
     alone, shared = ([learner(width) for width in widths] for _ in range(2))
     place = SharedPlace(CPU)
     tenants = [place.join(tensors(*each)) for each in shared]
+    places: dict[int, list[int]] = {}
     for turn in range(4):
-        for each, own, tenant in zip(shared, alone, tenants, strict=True):
+        for k, (each, own, tenant) in enumerate(zip(shared, alone, tenants, strict=True)):
             tenant.enter()
-            places = [tensor.data_ptr() for tensor in tensors(*each)]
+            now = [tensor.data_ptr() for tensor in tensors(*each)]
+            assert places.setdefault(k, now) == now, "captured steps know these addresses"
             for _ in range(turn):  # in the first turn nobody changes anything
                 learn(*each)
                 learn(*own)
             tenant.enter()
-            assert [tensor.data_ptr() for tensor in tensors(*each)] == places
             for found, expected in zip(tensors(*each), tensors(*own), strict=True):
                 assert torch.equal(found, expected)
     one, other = ({t.untyped_storage().data_ptr() for t in tensors(*each)} for each in shared)
@@ -71,10 +72,16 @@ def test_every_dtype_and_shape_lies_straight() -> None:
 def test_a_place_in_use_does_not_grow() -> None:
     place = SharedPlace(CPU)
     place.join([wave(300)]).enter()
-    place.join([wave(300)])
     with pytest.raises(RuntimeError, match="cannot grow"):
         place.join([wave(3000)])
 
 
+def test_who_waits_for_the_first_to_enter_keeps_its_shape() -> None:
+    given = wave(30, 7)
+    SharedPlace(CPU).join([given])
+    assert given.shape == (30, 7)
+    assert given.untyped_storage().nbytes() == 4
+
+
 def test_only_a_gpu_has_something_to_offload() -> None:
-    assert engine("fast").execution(RunConfig(offload=True), CPU)["execution"].offload is None
+    assert engine("fast").execution(RunConfig(offload=True), CPU)["execution"].place is None

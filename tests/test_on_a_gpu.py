@@ -149,19 +149,18 @@ def test_offloaded_tasks_take_the_memory_of_the_largest(tmp_path: Path) -> None:
     sources = Sources(tiny_source("target", 7, 1), (tiny_source("one", 4, 2),))
     for source in (sources.target, *sources.providers):
         source.model.to(CUDA)
-    held = {}
+    most = {}
     for offload in (False, True):
         gc.collect()
-        before = CARD.memory.now[None]
+        before = CARD.memory.peak[None] = CARD.memory.now[None]
         config = override(RunConfig(device="cuda", offload=offload), TINY)
-        run = Run(config, sources, CUDA, tmp_path)
+        run = Run(override(config, {"synthesis": {"head_width": 5000}}), sources, CUDA, tmp_path)
         for task in run.tasks:
             task.enter()
-        gc.collect()
-        held[offload] = CARD.memory.now[None] - before
+        most[offload] = CARD.memory.peak[None] - before
         sizes = [sum(t.nbytes for t in task.synthesizer.lasting) for task in run.tasks]
         del run, task
-    assert held[False] - held[True] == pytest.approx(min(sizes), abs=2 * 512 * 13)
+    assert most[False] - most[True] == pytest.approx(min(sizes), rel=0.05)
 
 
 @pytest.mark.gpu

@@ -197,7 +197,8 @@ def _activations(config: RunConfig, sources: Sources, device: torch.device) -> f
 
 
 def _memory(config: RunConfig, sources: Sources, device: torch.device) -> Check:
-    parts = fixed_bytes(config, sources, offload=config.offload and device.type == "cuda")
+    offloads = device.type == "cuda" and config.engine == "fast"
+    parts = fixed_bytes(config, sources, offload=config.offload and offloads)
     parts["activations"] = _activations(config, sources, device)
     needed, free = sum(parts.values()), free_memory(device)
     listed = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
@@ -206,8 +207,7 @@ def _memory(config: RunConfig, sources: Sources, device: torch.device) -> Check:
         return Check("memory of the run", "pass", said)
     largest = max(parts, key=lambda name: parts[name])
     several = len(sources.providers) + (config.mode == "bf") > 1
-    offers = device.type == "cuda" and several and not config.offload
-    offload = ", or offload=true" if offers else ""
+    offload = ", or offload=true" if offloads and several and not config.offload else ""
     ways = {
         "projection heads": "synthesis.head_width=256" + offload,
         "feature banks": "synthesis.bank_rows=4096" + offload,

@@ -43,6 +43,7 @@ def use_method(flags: Namespace, run: Run) -> None:
     for task in (task for task in run.tasks if task.synthesizer is not None):
         normaliser = synthesis_normaliser(run.config, run.sources, task.source)
         task.synthesizer = kind(flags, run, task.source, normaliser, task.name)
+        task.tenant = None
 
 
 class _NoOptimizer:

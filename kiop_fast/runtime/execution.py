@@ -29,14 +29,14 @@ class Execution:
         compile: put generator and projection head through torch.compile.
         scratch: stream and memory that all captured steps of a run share; None: each owner of
             steps has its own.
-        offload: where projection heads and feature banks lie in turns; None: each has its own.
+        place: where projection heads and feature banks lie in turns; None: each has its own.
     """
 
     precision: str = "fp32"
     graphs: bool = True
     compile: bool = False
     scratch: Scratch | None = field(default=None, compare=False, repr=False)
-    offload: SharedPlace | None = field(default=None, compare=False, repr=False)
+    place: SharedPlace | None = field(default=None, compare=False, repr=False)
 
     def check(self, device: torch.device) -> None:
         """Raise ConfigError where ``device`` lacks the precision."""

@@ -76,7 +76,8 @@ def linear(
         moving: (N, in); they take a gradient.
         weight, bias: (out, in) and (out,).
         rows: (N + M, in) in the dtype that is multiplied: room for the moving rows, which are
-            written there, and M constants; None: the moving rows alone.
+            written there, and M constants; None: the moving rows alone.  Until the backward pass
+            nobody may write them, nor any other part of their memory.
         product: of two matrices, for example :func:`split_product`; None: torch's.
 
     Returns:

@@ -14,37 +14,41 @@ _ALIGNED = 512  # bytes; torch's allocator on CUDA does the same
 class SharedPlace:
     """Memory of a device that tenants have in turns, one at a time.
 
-    It is as large as the largest tenant's tensors, which are views of it.  Its address never
-    changes once a tenant has entered, so that captured steps find their tensors again.
+    It is made when the first tenant enters, as large as the largest of them, and stays where it is,
+    so that captured steps find their tensors again.
 
     Args:
         device: of the place; the tensors of absent tenants lie in host memory, page-locked.
+
+    Attributes:
+        present: who has the place.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.present: Tenant | None = None
         self._tenants: list[Tenant] = []
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
 
     def join(self, tensors: Sequence[Tensor]) -> Tenant:
-        """Give ``tensors`` (contiguous, on the device) this place.  They hold rubbish until their
-        tenant enters.
+        """Take the memory of contiguous tensors; their values wait until their tenant enters.
+
+        Until somebody has entered they keep shape and dtype, and no memory.
 
         Raises:
-            RuntimeError: they do not fit, and a tenant has entered already.
+            RuntimeError: a tenant has entered already.
         """
+        if self.present is not None:
+            raise RuntimeError("a place that is in use cannot grow: join it before")
         tenant = Tenant(self, tensors)
         self._tenants.append(tenant)
-        moved = [tenant]
-        if tenant.bytes > len(self._memory):
-            if self.present is not None:
-                raise RuntimeError("a place that is in use cannot grow: join it before")
-            self._memory = torch.empty(tenant.bytes, dtype=torch.uint8, device=self.device)
-            moved = self._tenants
-        for each in moved:
-            each._settle(self._memory)
         return tenant
+
+    def make(self) -> None:
+        """The memory; every tenant's tensors are views of it from now on."""
+        size = max(tenant.bytes for tenant in self._tenants)
+        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        for tenant in self._tenants:
+            tenant.settle(memory)
 
 
 class Tenant:
@@ -58,30 +62,39 @@ class Tenant:
         sizes = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors]
         *self._offsets, self.bytes = itertools.accumulate(sizes, initial=0)
         self._place, self._tensors = place, list(tensors)
-        self._there = torch.empty(0, dtype=torch.uint8)
-        self._host = torch.empty(self.bytes, dtype=torch.uint8)
-        if place.device.type == "cuda":
-            self._host = self._host.pin_memory()
+        self._there: Tensor | None = None
+        locked = place.device.type == "cuda"
+        self._host = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=locked)
         for kept, tensor in zip(self._views(self._host), tensors, strict=True):
             kept.copy_(tensor.detach())
+            tensor.data = tensor.new_empty(()).expand(tensor.shape)
 
     def enter(self) -> None:
         """From now on the tensors hold their own values; those of who was present wait."""
         before = self._place.present
         if before is self:
             return
-        if before is not None:
-            before._host.copy_(before._there, non_blocking=True)
-        self._there.copy_(self._host, non_blocking=True)
+        if before is None:
+            self._place.make()
+        else:
+            before._copy(before._there, before._host)
+        self._copy(self._host, self._there)
         self._place.present = self
+
+    def settle(self, memory: Tensor) -> None:
+        """The tensors become views of the place."""
+        self._there = memory[: self.bytes]
+        for tensor, view in zip(self._tensors, self._views(memory), strict=True):
+            tensor.data = view
+
+    @staticmethod
+    def _copy(source: Tensor | None, to: Tensor | None) -> None:
+        assert source is not None
+        assert to is not None
+        to.copy_(source, non_blocking=True)  # both ways on one stream: the host reads neither
 
     def _views(self, memory: Tensor) -> list[Tensor]:
         return [
             memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for at, tensor in zip(self._offsets, self._tensors, strict=True)
         ]
-
-    def _settle(self, memory: Tensor) -> None:
-        self._there = memory[: self.bytes]
-        for tensor, view in zip(self._tensors, self._views(memory), strict=True):
-            tensor.data = view

@@ -109,11 +109,6 @@ class FeatureBank:
         power = 1 << (self.stored - 1).bit_length() if self.stored else 0
         return min(power, len(self.rows))
 
-    def pairs(self, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor]:
-        """Local and global features, each (n, width): all stored rows, or those asked for."""
-        local, global_ = self.rows[slice(self.stored) if rows is None else rows].chunk(2, dim=1)
-        return local, global_
-
     def beside(self, rows: Tensor | int) -> tuple[Tensor, Tensor]:
         """Local and global features, each (room + n, width): room for a batch, then rows.
 

@@ -94,11 +94,14 @@ def contrastive_loss(
     Args:
         head: the projection head, of features and of rows with room for them.
         local, global_: (N, F) features of this batch.
-        local_rows, global_rows: (N + n, F): room for the batch, then rows of the feature bank.
+        local_rows, global_rows: (N + n, F): room for the batch, which is written there, then rows
+            of the feature bank.
         count: how many of the cached rows hold features, 0-d on the device; None: all.
     """
     batch, cached = len(local), len(local_rows) - len(local)
-    with torch.no_grad():  # first: what it takes in between is free again for the queries
+    # Keys come first.  Both halves of the bank's rows lie in one buffer, and what the queries need
+    # for the backward pass must be written last; and what the keys take is free again by then.
+    with torch.no_grad():
         keys = head(global_, global_rows)
     queries = head(local, local_rows)
     weights = local.new_full((batch + cached,), 1.0 / batch)

@@ -36,6 +36,7 @@ class PythonCalls(TorchFunctionMode):
             return _moved(func, *args, **kwargs)
         if func is Tensor.pin_memory:
             return args[0]
+        kwargs.pop("pin_memory", None)  # all host memory is alike
         given = tensors(args, kwargs)
         here = any(map(on_card, given))
         if func is torch._has_compatible_shallow_copy_type and here:
