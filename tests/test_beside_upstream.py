@@ -1,7 +1,7 @@
 """The authors' code beside ours.  Needs its checkout: set KIOP_UPSTREAM to the folder.
 
 The checkout runs in processes of its own (tests/beside_upstream.py says how it is adapted from
-outside, and how draws are fed).
+outside, tests/beside_draws.py which draws are fed).
 """
 
 from __future__ import annotations

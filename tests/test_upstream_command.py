@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,78 +15,24 @@ import torchvision
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
-from upstream_files import DIGITS, SIGNS, write_gtsrb, write_mnist, write_source
+from upstream_files import DIGITS, SIGNS, write_mnist, write_source
+from upstream_runs import FLAGS, Tiny, always_best, go, lines, pth, tiny_folder
 
 import kiop_fast
 from kiop_fast.cli import app
 from kiop_fast.deliver.run_data import read_run
-from kiop_fast.dropin import methods, settings
 from kiop_fast.dropin.command import run_upstream
 from kiop_fast.dropin.replay import replay_mappings
 from kiop_fast.errors import ArtefactError, ConfigError, DataError
 from kiop_fast.kernels import border_index
-from kiop_fast.source.small_nets import SMALL_NETS
 
 EVAL = (r"Epoch=\d+ Acc@1=[\d.]+ Acc@5=[\d.]+ Loss=[\d.]+ Acc@1_tea=[\d.]+ Acc@5_tea=[\d.]+ "
         r"Loss_tea=[\d.]+ ")  # fmt: skip
-FLAGS = """--method cmi --dataset mnist --real_dataset gtsrb --backbone_t Tiny --backbone_s Tiny
---teacher mnist --student gtsrb --img_size 16 --vp1_size 20 --vp2_size 28 --batch_size 8
---g_steps 2 --kd_steps 3 --ep_steps 3 --epochs 2 --adv 0.5 --bn 1 --oh 1 --T 20 --lr 0.8
---lr_g 0.01 --seed 0 --save_dir run/b --save_dir_1 run/a""".split()  # noqa: SIM905
-
-
-class Tiny(nn.Module):
-    """A network with the parts of torchvision's that the replay touches."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(6)
-        self.conv2 = nn.Conv2d(6, 9, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(9)
-        self.fc = nn.Linear(9, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.bn1(self.conv1(x)).relu()
-        return self.fc(self.bn2(self.conv2(x)).relu().mean((2, 3)))
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with both datasets and a tiny backbone that torchvision seems to have."""
-
-    def tiny(weights: Any = None, num_classes: int = 1000) -> nn.Module:
-        return Tiny(num_classes)
-
-    monkeypatch.setattr(torchvision.models, "tiny", tiny, raising=False)
-    monkeypatch.setitem(settings.BACKBONES, "Tiny", "tiny")
-    monkeypatch.setitem(SMALL_NETS, "tiny", Tiny)
-    monkeypatch.chdir(tmp_path)
-    write_mnist(tmp_path / "data" / "torchdata", 20, 23)
-    write_gtsrb(tmp_path / "data" / "torchdata", 43, 43)
-    write_source(tmp_path / "Tiny_32_mnist", "tiny", DIGITS, 1)
-    write_source(tmp_path / "Tiny_gtsrb", "tiny", SIGNS, 2)
-    return tmp_path
-
-
-def go(*change: str, script: str = "KiOP_BF") -> Any:
-    base = FLAGS if script != "KiOP_B" else FLAGS[:-2]
-    return run_upstream(script, [*base, *change])
-
-
-def pth(name: str = "mnist-mnist-gtsrb", method: str = "cmi") -> dict[str, Any]:
-    """As the scripts load it: torch's default, which unpickles nothing but plain values."""
-    return torch.load(Path("checkpoints") / f"datafree-{method}" / f"{name}.pth")
-
-
-def lines(name: str = "mnist-mnist-gtsrb", method: str = "cmi") -> list[str]:
-    return (Path("checkpoints") / f"datafree-{method}" / f"log-{name}.txt").read_text().splitlines()
-
-
-def always_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nets of random weights may read nothing at all: let every epoch be saved."""
-    best = property(lambda job: -1.0, lambda job, value: None)
-    monkeypatch.setattr("kiop_fast.dropin.command.Job.best", best, raising=False)
+    return tiny_folder(tmp_path, monkeypatch)
 
 
 def test_a_whole_run_with_torchvisions_resnet(
@@ -301,44 +246,6 @@ def test_half_precision_and_images_given(work: Path) -> None:
     assert not (work / "run" / "b" / "1-0.png").exists()
     with pytest.raises(ConfigError, match="folder of images"):
         go("--cmi_init", "data/nothing", "--save_dir", "c", "--save_dir_1", "d")
-
-
-@pytest.mark.parametrize("method", ["deepinv", "zskt", "dfad", "dafl", "dfq"])
-def test_other_methods(method: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    always_best(monkeypatch)
-    monkeypatch.setattr(methods, "FRESH", 12)
-    result = go("--method", method, "--balance", "1", "--act", "0.1", "--g_steps", "4")
-    assert pth(method=method)["epoch"] == 2
-    count = 16 if method == "deepinv" else 24
-    images = read_run(result.out).banks["mnist"].images
-    assert images.shape == (count, 3, 16, 16)
-    assert images.float().std() > 1
-    losses = read_run(result.out).metrics[-1]["loss"]
-    assert all(np.isfinite(list(losses.values())))
-    if method == "deepinv":
-        assert len(list((work / "run" / "b").glob("*.png"))) == 16
-    else:
-        assert not (work / "run").exists()
-
-
-@pytest.mark.parametrize("method", ["deepinv", "dafl"])
-def test_other_methods_do_what_they_are_for(
-    method: str, work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """BatchNorm matching and class prior fall while images are made."""
-    rows: list[Any] = []
-    kind = methods.DeepInversion if method == "deepinv" else methods.GeneratorGame
-    real: Callable[..., Any] = kind.synthesize
-
-    def listen(self: Any, *given: Any, **named: Any) -> Any:
-        rows.append(real(self, *given, **named))
-        return rows[-1]
-
-    monkeypatch.setattr(kind, "synthesize", listen)
-    monkeypatch.setattr(methods, "FRESH", 4)
-    go("--method", method, "--g_steps", "40", "--adv", "0", "--lr_g", "0.05", "--epochs", "1")
-    total = rows[0].losses[:, -1]
-    assert total[-5:].max() < total[:5].min()
 
 
 def test_grey_images_and_a_seed_that_is_drawn(work: Path) -> None:

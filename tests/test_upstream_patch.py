@@ -1,7 +1,6 @@
 """The patch: what it takes, what it refuses, what it gives back; on a stand-in of the checkout.
 
-The stand-in has the published names and arguments; its bodies are placeholders of our own.  The
-authors' code itself is run beside ours in test_beside_upstream.py.
+The authors' code itself is run beside ours in test_beside_upstream.py.
 """
 
 from __future__ import annotations
@@ -17,134 +16,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stand_ins import TinyNet, fill_with_waves
 from torch import nn
-from torchvision import transforms as T
+from upstream_checkout import importable, synthesizer, write_checkout
 
 from kiop_fast import accelerate_upstream
-from kiop_fast.dropin.fast_pool import Batches
 from kiop_fast.dropin.patching import accelerated_calls
 from kiop_fast.dropin.signatures import CMI, KIOP
-from kiop_fast.errors import ConfigError, UpstreamError
+from kiop_fast.errors import UpstreamError
 from kiop_fast.patch import main
-from kiop_fast.synthesize import Generator
-
-CRITERIONS = """
-import torch
-from torch import nn
-def kldiv(logits, targets, T=1.0, reduction="batchmean"):
-    p, q = (targets / T).softmax(1), (logits / T).softmax(1)
-    rows = p * (p / q).log() * T * T
-    return {"batchmean": rows.sum() / len(rows), "sum": rows.sum(), "none": rows}[reduction]
-class KLDiv(nn.Module):
-    def __init__(self, T=1.0, reduction="batchmean"):
-        super().__init__()
-        self.T, self.reduction = T, reduction
-    def forward(self, logits, targets):
-        return kldiv(logits, targets, T=self.T, reduction=self.reduction)
-"""
-UTILS = """
-import os
-class ImagePool:
-    def __init__(self, root):
-        self.root, self._idx = os.path.abspath(root), 0
-        os.makedirs(self.root, exist_ok=True)
-    def add(self, imgs, {cn}targets=None):
-        raise RuntimeError("theirs")
-    def get_dataset(self, transform=None, labeled=True):
-        raise RuntimeError("theirs")
-class UnlabeledImageDataset:
-    def __init__(self, root, transform=None):
-        from PIL import Image
-        self.images = [os.path.join(root, f) for f in sorted(os.listdir(root))]
-        self.open, self.transform = Image.open, transform
-    def __len__(self):
-        return len(self.images)
-    def __getitem__(self, i):
-        return self.transform(self.open(self.images[i]))
-class Normalizer:
-    def __init__(self, mean, std):
-        self.mean, self.std = mean, std
-"""
-SYNTHESIS = """
-from datafree.criterions import kldiv
-class CMISynthesizer:
-    def __init__(self, {names}):
-        self.theirs, self.data_iter = True, None
-    def synthesize(self, targets=None):
-        return "theirs"
-    def sample(self):
-        return self.data_iter.next()
-"""
-PROMPT = '''
-import numpy as np, torch
-from torch import nn
-class ExpansiveVisualPrompt(nn.Module):
-    def __init__(self, out_size, mask, init="zero", normalize=None):
-        super(ExpansiveVisualPrompt, self).__init__()
-        inner = mask.shape[0]
-        self.out_size, self.normalize = out_size, normalize
-        self.l_pad, self.r_pad = (out_size - inner + 1) // 2, (out_size - inner) // 2
-        self.program = nn.Parameter(torch.zeros(3, out_size, out_size))
-        sides = (self.l_pad, self.r_pad) * 2
-        border = nn.functional.pad(torch.tensor(mask, dtype=torch.float32), sides, value=1.0)
-        self.register_buffer("mask", border.expand(3, -1, -1).clone())
-    def forward(self, x):
-        sides = (self.l_pad, self.r_pad) * 2
-        return nn.functional.pad(x, sides) + torch.sigmoid(self.program) * self.mask
-'''  # fmt: skip
-OPTIONAL = {"feature_layers", "init_dataset", "transform", "autocast", "normalizer"}
-NUMBERS = {"cn": 1, "bank_size": 64, "n_neg": 32, "head_dim": 8, "iterations": 3, "lr_g": 0.05,
-           "synthesis_batch_size": 6, "sample_batch_size": 4, "adv": 0.5, "bn": 1, "oh": 1,
-           "cr": 0.8, "cr_T": 0.6, "save_dir": "run", "device": "cpu"}  # fmt: skip
-
-
-def write_checkout(folder: Path, names: tuple[str, ...] = KIOP, prompt: bool = True) -> None:
-    plain = names[:6]
-    rest = [f"{n}={NUMBERS.get(n, None if n in OPTIONAL else False)!r}" for n in names[6:]]
-    package = folder / "datafree"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("from . import criterions, utils, synthesis\n")
-    (package / "criterions.py").write_text(CRITERIONS)
-    (package / "utils.py").write_text(UTILS.replace("{cn}", "cn, " if "cn" in names else ""))
-    (package / "synthesis.py").write_text(SYNTHESIS.replace("{names}", ", ".join([*plain, *rest])))
-    if prompt:
-        (folder / "visual_prompt.py").write_text(PROMPT)
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An importable stand-in; forgotten afterwards."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.chdir(tmp_path)
-    yield folder
-    accelerate_upstream(False)
-    for name in [n for n in sys.modules if n.split(".")[0] in ("datafree", "visual_prompt")]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
-
-
-def waves(classes: int) -> nn.Module:
-    net = TinyNet(classes)
-    fill_with_waves(net)
-    return net
-
-
-def synthesizer(module: Any, **change: Any) -> Any:
-    normalizer = sys.modules["datafree.utils"].Normalizer((0.4,), (0.3,))
-    given = {
-        "teacher": waves(5),
-        "student": waves(5),
-        "generator": Generator(12, 4, 8, 3),
-        "nz": 12,
-        "num_classes": 5,
-        "img_size": (3, 8, 8),
-        "normalizer": normalizer,
-        "transform": T.Compose([T.ToTensor(), T.Normalize((0.4,) * 3, (0.3,) * 3)]),
-    }
-    return module.CMISynthesizer(**{**given, **change})
+    yield from importable(tmp_path, monkeypatch)
 
 
 def test_kiops_synthesizer(checkout: Path) -> None:
@@ -265,74 +149,6 @@ def test_undoing(checkout: Path) -> None:
     accelerate_upstream(False)
     assert everything() == before
     accelerate_upstream(False)
-
-
-def test_the_pool(checkout: Path) -> None:
-    write_checkout(checkout)
-    accelerate_upstream()
-    utils = importlib.import_module("datafree.utils")
-    pool = utils.ImagePool("run/x")
-    images = torch.rand(3, 3, 8, 8)
-    pool.add(images, 3)
-    utils.ImagePool("run/grey").add(images, 1)
-    bytes_ = (images.numpy() * 255).astype("uint8")
-    assert np.array_equal(np.array(Image.open("run/x/0-2.png")).transpose(2, 0, 1), bytes_[2])
-    assert Image.open("run/grey/0-0.png").mode == "L"
-    other = utils.ImagePool("run/y")
-    assert len(other.get_dataset()) == 0
-    with pytest.raises(ConfigError, match="share one folder"):
-        utils.ImagePool("run/y")
-    (checkout / "old").mkdir()
-    Image.new("L", (4, 4)).save(checkout / "old" / "0-0.png")
-    with pytest.raises(ConfigError, match="not empty"):
-        utils.ImagePool(str(checkout / "old"))
-
-
-TRANSFORMS = {
-    "cifar": T.Compose([T.RandomCrop(8, padding=4), T.RandomHorizontalFlip(), T.ToTensor(),
-                        T.Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))]),
-    "gtsrb": T.Compose([T.Resize((8, 8)), T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)]),
-    "mnist": T.Compose([T.ToTensor(), T.Resize((8, 8)), T.Lambda(lambda x: x.repeat(3, 1, 1))]),
-    "plain": T.ToTensor(),
-    "unknown": T.Compose([T.GaussianBlur(3, sigma=1.0), T.ToTensor()]),
-    "no batch": T.Compose([T.ToTensor(), T.Lambda(lambda x: x if float(x[0, 0, 0]) >= 0 else -x)]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_batches_are_what_the_transform_makes(name: str) -> None:
-    """Those without chance, picture by picture; cifar's by its crops' and flips' outcomes."""
-    transform = TRANSFORMS[name]
-    pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
-    given = T.Compose([transform]) if name == "plain" else transform
-    batches = Batches(pixels, given, 2, torch.device("cpu"), order=torch.arange)
-    assert (batches.plan is None) == (name in ("unknown", "no batch"))
-    got = [batches.next() for _ in range(4)]
-    assert [len(b) for b in got] == [2, 2, 1, 2]
-    if name == "cifar":
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
-        frame = nn.functional.pad(pixels[0].float() / 255, (4, 4, 4, 4))
-        crops = [frame[:, t : t + 8, x : x + 8] for t in range(9) for x in range(9)]
-        possible = [(w - mean) / std for crop in crops for w in (crop, crop.flip(2))]
-        assert min(float((got[0][0] - p).abs().max()) for p in possible) < 1e-5
-        return
-    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
-    wanted = torch.stack([transform(picture) for picture in pictures])
-    torch.testing.assert_close(torch.cat(got[:3]), wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_images_given_join_the_batches(checkout: Path) -> None:
-    write_checkout(checkout)
-    accelerate_upstream()
-    (checkout / "given").mkdir()
-    Image.new("RGB", (8, 8), (255, 255, 255)).save(checkout / "given" / "w.png")
-    one = synthesizer(importlib.import_module("datafree.synthesis"), cn=3,
-                      init_dataset=str(checkout / "given"), sample_batch_size=7)  # fmt: skip
-    one.synthesize()
-    batch = one.sample()
-    white = (1 - 0.4) / 0.3
-    assert len(batch) == 7
-    assert sum(bool(((image - white).abs() < 1e-5).all()) for image in batch) >= 1
 
 
 @pytest.mark.parametrize(
