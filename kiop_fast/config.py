@@ -290,8 +290,7 @@ class RunConfig:
     def digest(self) -> str:
         """sha256 over everything that decides the numbers of the run, hex."""
         kept = {name: value for name, value in to_dict(self).items() if name != "offload"}
-        text = json.dumps(kept, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def to_dict(config: Any) -> dict[str, Any]:
