@@ -19,7 +19,7 @@ def run_state(run: Run) -> dict[str, Tensor]:
     """Everything that the next epoch depends on, apart from the banks."""
     tensors = module_tensors((run.prompt or run.student), "model")  # type: ignore[arg-type]
     tensors |= optimizer_tensors(run.optimizer, "sgd")
-    for task in reversed(run.tasks):  # who is offloaded: first the one that has the place
+    for task in reversed(run.tasks):  # offload: begin with who is present, end with who is next
         if task.mapping is not None:
             tensors[f"{task.name}.mapping"] = task.mapping
         if task.synthesizer is not None:
