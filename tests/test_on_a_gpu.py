@@ -85,7 +85,11 @@ TINY: dict[str, Any] = {
 RUNS: dict[str, dict[str, Any]] = {
     "two calls, sampled negatives": {"synthesis": {"calls": 2}},
     "two providers": {"prompt": {"rings": [11, 12, 14]}},
-    "offloaded, two providers": {"offload": True, "prompt": {"rings": [11, 12, 14]}},
+    "offloaded, two providers, sampled negatives": {
+        "offload": True,
+        "prompt": {"rings": [11, 12, 14]},
+        "synthesis": {"calls": 2},
+    },
     "one ring": {"mode": "t", "prompt": {"rings": [12]}},
     "vanilla": {"mode": "vanilla"},
     "running": {"prompt": {"batchnorm": "running"}},
