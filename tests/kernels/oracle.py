@@ -62,6 +62,19 @@ def results(
     return found
 
 
+def capture(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of ``step``, warmed up on a side stream, and the tensors that its replays write."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
 def at_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy at ``dtype`` with the very strides of ``tensor``; integers stay what they are."""
     if not tensor.dtype.is_floating_point:

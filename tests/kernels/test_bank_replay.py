@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DEVICE, DTYPES, assert_as_good_as_eager, needs_gpu, runs_kernels
+from oracle import DEVICE, DTYPES, assert_as_good_as_eager, capture, needs_gpu, runs_kernels
 from torch import Tensor
 from torchvision.transforms import functional as tv
 
@@ -216,14 +216,7 @@ def test_kernel_compiles_whole() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_graph_replay_equals_eager(dtype: torch.dtype) -> None:
     bank, options = make("power of two", dtype, DEVICE)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        bank_replay(bank, **options)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = bank_replay(bank, **options)
+    graph, (captured,) = capture(lambda: [bank_replay(bank, **options)])
     options["index"].copy_(options["index"].flip(0))
     graph.replay()
     assert torch.equal(captured, bank_replay(bank, **options))

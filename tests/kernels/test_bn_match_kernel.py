@@ -14,7 +14,16 @@ from bn_match_cases import (
     make,
     with_gradient,
 )
-from oracle import DEVICE, DTYPES, assert_as_good_as_eager, draw, needs_gpu, results, runs_kernels
+from oracle import (
+    DEVICE,
+    DTYPES,
+    assert_as_good_as_eager,
+    capture,
+    draw,
+    needs_gpu,
+    results,
+    runs_kernels,
+)
 from torch import Tensor
 
 from kiop_fast.kernels import bn_match, bn_match_eager, launches, reset_launches
@@ -104,14 +113,7 @@ def test_graph_replay_equals_eager(dtype: torch.dtype) -> None:
         total = (match.output * weights).sum() + match.loss + match.image_means.square().sum()
         return [*match, *torch.autograd.grad(total, x)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     x.detach().copy_(draw(9, *x.shape))
     graph.replay()
     for found, expected in zip(captured, step(), strict=True):

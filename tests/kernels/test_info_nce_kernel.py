@@ -20,6 +20,7 @@ from oracle import (
     DEVICE,
     DTYPES,
     assert_as_good_as_eager,
+    capture,
     needs_gpu,
     results,
     runs_kernels,
@@ -130,14 +131,7 @@ def test_graph_replay_follows_a_growing_bank(dtype: torch.dtype) -> None:
         loss = info_nce(queries, keys, temperature, weights.float(), num_keys=num_keys)
         return [loss.detach(), *torch.autograd.grad(loss, queries)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for count in (77, 100, 170):
         num_keys.fill_(count)
         graph.replay()

@@ -11,6 +11,7 @@ from oracle import (
     DEVICE,
     DTYPES,
     assert_as_good_as_eager,
+    capture,
     draw,
     needs_gpu,
     results,
@@ -129,14 +130,7 @@ def test_graph_replay_equals_eager(case: str) -> None:
         loss, agreement = call(mapped_kl, *rest)(*leaves)
         return [loss.detach(), agreement, *torch.autograd.grad(loss, leaves)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for leaf in leaves:
         leaf.data.copy_(draw(9, *leaf.shape))
     graph.replay()

@@ -13,6 +13,7 @@ from oracle import (
     DTYPES,
     ON_GPU,
     assert_as_good_as_eager,
+    capture,
     draw,
     many_examples,
     needs_gpu,
@@ -274,14 +275,7 @@ def test_graph_replay_equals_eager() -> None:
         canvas = prompt_pad(image, cells, sizes)
         return [canvas, *torch.autograd.grad(canvas.square().sum(), cells)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     image.copy_(draw(9, *image.shape))
     graph.replay()
     for found, expected in zip(captured, step(), strict=True):

@@ -10,6 +10,7 @@ from oracle import (
     DEVICE,
     DTYPES,
     assert_as_good_as_eager,
+    capture,
     draw,
     needs_gpu,
     results,
@@ -281,14 +282,7 @@ def test_graph_replay_equals_eager(dtype: torch.dtype) -> None:
         shown = views(images, **options)
         return [shown, *torch.autograd.grad((shown * weights).sum(), images)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     images.detach().copy_(draw(9, *images.shape))
     graph.replay()
     for found, expected in zip(captured, step(), strict=True):
