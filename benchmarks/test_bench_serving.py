@@ -14,6 +14,7 @@ import torch
 from measure import Measure
 from sizes import Scale
 from torch import Tensor
+from torch.func import functional_call
 from world import World, smooth_images
 
 from kiop_fast.config import to_dict
@@ -25,7 +26,7 @@ from kiop_fast.prompt.artefact import (
     load_prompt,
     save_prompt,
 )
-from kiop_fast.reference import ReferencePromptedModel
+from kiop_fast.reference import pad_through
 from kiop_fast.runtime.versions import versions
 
 SERVERS = ("reference", "compile", "fast")
@@ -65,14 +66,13 @@ def test_prediction(
     loaded = load_prompt(tmp_path / "prompt.safetensors")
     task = loaded.on(made.target).task("B")
     images = smooth_images(64, made.problem.config.side)[:count].to(made.device)
-    plain = ReferencePromptedModel(
-        made.target, made.prompt, made.jobs["B"].depth, made.jobs["B"].mapping,
-        batchnorm="calibrated",
-        statistics={k: v.to(made.device) for k, v in (loaded.tasks[0].statistics or {}).items()},
-    )  # fmt: skip
+    job, model = made.jobs["B"], made.target.model
+    statistics = {k: v.to(made.device) for k, v in (loaded.tasks[0].statistics or {}).items()}
+    assert job.mapping is not None
 
     def by_reference(images: Tensor) -> Tensor:
-        return plain(made.jobs["B"].source.normalise(images.float() / 255))
+        seen = pad_through(made.prompt, job.source.normalise(images.float() / 255), job.depth)
+        return functional_call(model, statistics, (seen,))[:, job.mapping]
 
     servers: dict[str, Callable[[Tensor], Any]] = {
         "reference": by_reference, "fast": task,

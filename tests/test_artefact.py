@@ -1,4 +1,4 @@
-"""The artefact: its size, its round trip, its damage, and batch independence when served."""
+"""The artefact: its size, its round trip and its damage."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_ins import tiny_source
-from torch import Tensor, nn
-from torch.nn import functional as F
+from artefacts import COLOUR, GREY, MAPPING, make, noise, tiny_target
 
-from kiop_fast.data.spec import DatasetInfo
-from kiop_fast.errors import ArtefactError, DataError
-from kiop_fast.prompt import Prompt, PromptedModel, calibrate
+from kiop_fast.errors import ArtefactError
 from kiop_fast.prompt.artefact import (
     Artefact,
     ArtefactTarget,
@@ -22,44 +18,12 @@ from kiop_fast.prompt.artefact import (
     load_prompt,
     save_prompt,
 )
-from kiop_fast.source import Source, freeze
-
-COLOUR = DatasetInfo("letters", 8, 3, tuple("ABCDEF"), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
-GREY = DatasetInfo("digits", 8, 1, tuple("0123"), (0.1,) * 3, (0.3,) * 3)
-MAPPING = torch.tensor([5, 0, 3, 2])
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+from kiop_fast.source import Source
 
 
 @pytest.fixture
 def target() -> Source:
-    made = tiny_source("letters", 6, seed=1)
-    return freeze(made.model, COLOUR, name="tiny@letters", arch="tiny")
-
-
-def make(target: Source, policy: str = "calibrated", side: int = 8,
-         rings: tuple[int, ...] = (11, 16)) -> Artefact:  # fmt: skip
-    """Two tasks, random cells, calibrated on noise."""
-    prompt = Prompt(side, rings)
-    with torch.no_grad():
-        for k, cells in enumerate(prompt.cells):
-            cells.copy_(4 * noise(*cells.shape, seed=k) - 2)
-    tasks = []
-    for depth, mapping, info in ((1, None, COLOUR), (2, MAPPING, GREY)):
-        statistics = None
-        if policy == "calibrated":
-            seen = PromptedModel(target, prompt, depth, mapping)
-            images = noise(40, 3, side, side, seed=9 + depth)
-            statistics = calibrate(seen, images, batch=16)
-        tasks.append(ArtefactTask(info.name, depth, mapping, statistics, info))
-    facts = ArtefactTarget(target.arch, target.name, target.sha256, target.info)
-    return Artefact(
-        side=side, rings=rings, cells=[c.detach() for c in prompt.cells], tasks=tuple(tasks),
-        target=facts, batchnorm=policy, config={"side": side, "prompt": {"rings": list(rings)}},
-        versions={"torch": "x"}, metrics={"epoch": 3, "accuracy": {"digits": 0.25}},
-    )  # fmt: skip
+    return tiny_target()
 
 
 def header_of(path: Path) -> dict[str, dict]:
@@ -120,93 +84,6 @@ def test_cells_are_rounded_on_construction(target: Source) -> None:
     )  # fmt: skip
     # 1/3 in half precision: 0x3555 = 2^-2 · (1 + 341/1024)
     assert float(third.prompt().cells[0][0, 0]) == 0.25 * (1 + 341 / 1024)
-
-
-def test_served_logits_from_first_principles(target: Source) -> None:
-    artefact = make(target, "running")
-    grey = noise(3, 1, 8, 8)
-    x = (grey.expand(-1, 3, -1, -1) - 0.1) / 0.3
-    for side, ring in zip((11, 16), artefact.prompt().squares(), strict=True):
-        left, right = (side - x.shape[-1] + 1) // 2, (side - x.shape[-1]) // 2
-        inside = F.pad(torch.ones(x.shape[-2:]), (left, right, left, right))
-        x = F.pad(x, (left, right, left, right)) + ring.sigmoid() * (1 - inside)
-    expected = target.model(x)[:, [5, 0, 3, 2]]
-    task = artefact.on(target).task("digits")
-    assert task.classes == ("0", "1", "2", "3")
-    assert task.side == 8
-    assert not task.training
-    torch.testing.assert_close(task(grey), expected, atol=1e-5, rtol=1e-5)
-    # three equal channels are the same grey image; a tenth of 255 is the same uint8
-    torch.testing.assert_close(task(grey.expand(-1, 3, -1, -1)), expected, atol=1e-5, rtol=1e-5)
-    levels = (grey * 255).to(torch.uint8)
-    torch.testing.assert_close(task(levels), task(levels.float() / 255))
-
-
-@pytest.mark.parametrize("policy", ["calibrated", "running"])
-@pytest.mark.parametrize("name", ["letters", "digits"])
-def test_batch_independence(policy: str, name: str, target: Source) -> None:
-    task = make(target, policy).on(target).task(name)
-    images = noise(64, 3, 8, 8)
-    whole = task(images)
-    for batch in (1, 7, 64):
-        parts = torch.cat([task(part) for part in images.split(batch)])
-        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(task(images[order]), whole[order], atol=1e-5, rtol=0)
-
-
-def test_under_policy_batch_the_batch_matters(target: Source) -> None:
-    task = make(target, "batch").on(target).task("letters")
-    images = noise(8, 3, 8, 8)
-    assert not torch.allclose(task(images)[:1], task(images[:1]), atol=1e-3)
-
-
-def test_serving_leaves_the_model_as_it_was(target: Source) -> None:
-    for policy in ("calibrated", "running", "batch"):
-        make(target, policy).on(target).task("letters").train()(noise(4, 3, 8, 8))
-    target.check_unchanged()
-
-
-def test_another_dtype_and_a_bare_module(target: Source) -> None:
-    artefact = make(target)
-    images = noise(4, 3, 8, 8)
-    expected = artefact.on(target.model).task("letters")(images)
-    task = artefact.on(target.model, check=False).task("letters").double()
-    assert task(images).dtype == torch.float64
-    torch.testing.assert_close(task(images).float(), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_another_model_is_refused_unless_allowed(target: Source) -> None:
-    artefact, other = make(target), tiny_source("letters", 6, seed=2)
-    with pytest.raises(ArtefactError, match=r"(?s)not the model.*sha256"):
-        artefact.on(other)
-    assert artefact.on(other, check=False).task("digits")(noise(2, 1, 8, 8)).shape == (2, 4)
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    with pytest.raises(ArtefactError, match="do not fit this model"):
-        artefact.on(plain, check=False).task("digits")
-
-
-def test_another_policy_on_request(target: Source) -> None:
-    calibrated, running = make(target), make(target, "running")
-    images = noise(4, 3, 8, 8)
-    asked = calibrated.on(target, batchnorm="running").task("letters")(images)
-    assert torch.equal(asked, running.on(target).task("letters")(images))
-    with pytest.raises(ArtefactError, match="no calibrated"):
-        running.on(target, batchnorm="calibrated").task("letters")
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (torch.rand(2, 3, 9, 9), r"\(N, 3, 8, 8\)"),
-        (torch.rand(2, 2, 8, 8), r"\(N, 1, 8, 8\)"),
-        (torch.rand(3, 8, 8), r"got: .*\(3, 8, 8\)"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), "uint8"),
-    ],
-)
-def test_wrong_images(images: Tensor, message: str, target: Source) -> None:
-    with pytest.raises(DataError, match=message):
-        make(target).on(target).task("letters")(images)
 
 
 def test_unknown_task(target: Source) -> None:

@@ -68,6 +68,16 @@ def test_a_weight_is_cast_once(source: Source) -> None:
     assert casts[2] == 0
 
 
+def test_other_statistics_take_no_casts_of_their_own(source: Source) -> None:
+    weights = {tuple(p.shape) for p in source.model.parameters() if p.dim() > 1}
+    beside = source.with_statistics(None)
+    with half():
+        source.logits(IMAGES)
+        with Casts() as counted:
+            beside.logits(IMAGES)
+    assert not weights & {tuple(shape) for shape in counted.seen}
+
+
 def test_the_model_keeps_its_own_weights(source: Source) -> None:
     before = dict(source.model.named_parameters())
     with half():

@@ -115,10 +115,9 @@ def test_calibrated_statistics_are_used(make_source: Make) -> None:
     source, prompt = make_source("resnet8", "letters"), filled(Prompt(16, (20,)))
     images = torch.rand(16, 3, 16, 16)
     statistics = calibrate(PromptedModel(source, prompt, 1), images, batch=16)
+    beside = source.with_statistics(statistics)
     with torch.no_grad():
-        calibrated = PromptedModel(
-            source, prompt, 1, batchnorm="calibrated", statistics=statistics
-        )(images)
+        calibrated = PromptedModel(beside, prompt, 1, batchnorm="running")(images)
         batch = PromptedModel(source, prompt, 1, batchnorm="batch")(images)
         running = PromptedModel(source, prompt, 1, batchnorm="running")(images)
     torch.testing.assert_close(calibrated, batch, rtol=1e-4, atol=1e-4)

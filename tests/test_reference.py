@@ -127,22 +127,15 @@ def test_loader_processes_start_anew_each_time_the_bank_is_through(
     assert started == [4, 4, 4]  # 3 batches go through 9 images; upstream has 4 workers
 
 
-@pytest.mark.parametrize("policy", ["batch", "running", "calibrated"])
+@pytest.mark.parametrize("policy", ["batch", "running"])
 def test_prompted_model_equals_the_fast_one(policy: str) -> None:
     target, prompt = tiny_source("a", 6, 1), Prompt(8, (11, 16))
     mapping, images = torch.tensor([4, 0, 5]), wave(4, 3, 8, 8)
     with torch.no_grad():
         for k, cells in enumerate(prompt.cells):
             cells.copy_(wave(*cells.shape, pace=0.7 + k))
-    statistics = None
-    if policy == "calibrated":
-        statistics = {
-            name: 2 * value.clone()
-            for name, value in target.model.named_buffers()
-            if "running" in name
-        }
     made = [
-        kind(target, prompt, 2, mapping, batchnorm=policy, statistics=statistics)
+        kind(target, prompt, 2, mapping, batchnorm=policy)
         for kind in (PromptedModel, reference.ReferencePromptedModel)
     ]
     torch.testing.assert_close(made[1](images), made[0](images))

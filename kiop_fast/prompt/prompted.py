@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from kiop_fast.errors import MappingError
 from kiop_fast.prompt.rings import Prompt
-from kiop_fast.prompt.windowed import DEVICES, WHOLE, windowed
+from kiop_fast.prompt.windowed import pays, windowed
 from kiop_fast.runtime.execution import PLAIN
 from kiop_fast.source import DropoutDraws, Source, batch_statistics, batchnorm_layers
 
@@ -27,9 +25,8 @@ class PromptedModel:
         prompt: shared by all tasks of a run.
         depth: how many rings the images pass.
         mapping: (classes of the provider,) int64; None keeps A's own classes.
-        batchnorm: ``batch`` uses each batch's statistics, ``running`` A's own, ``calibrated``
-            the given ``statistics``.
-        statistics: running mean and variance by buffer name, from :func:`calibrate`.
+        batchnorm: ``running`` uses A's own statistics, ``batch`` and ``calibrated``, which
+            trains as it, each batch's.
         dropout: masks for A's dropout layers, which then stay on (upstream); None: off.
     """
 
@@ -41,12 +38,10 @@ class PromptedModel:
         mapping: Tensor | None = None,
         *,
         batchnorm: str = "batch",
-        statistics: Mapping[str, Tensor] | None = None,
         dropout: DropoutDraws | None = None,
     ) -> None:
         self.target, self.prompt, self.depth = target, prompt, depth
-        self.mapping, self.batchnorm, self.statistics = mapping, batchnorm, statistics
-        self.dropout = dropout
+        self.mapping, self.batchnorm, self.dropout = mapping, batchnorm, dropout
         if mapping is not None and (int(mapping.min()) < 0 or int(mapping.max()) >= target.classes):
             raise MappingError(
                 "the mapping names classes that the target does not have",
@@ -60,9 +55,7 @@ class PromptedModel:
 
     def worn(self, images: Tensor) -> Tensor:
         """As :meth:`seen`; where the canvas is much larger than the image, windowed."""
-        side, outer = self.prompt.side, self.prompt.canvas_side(self.depth)
-        small = side * side <= WHOLE * outer * outer and images.device.type in DEVICES
-        if not small or torch.compiler.is_compiling():
+        if not pays(images, self.prompt.canvas_side(self.depth)):
             return self.seen(images)
         return windowed(self.prompt.border(self.depth), images, self.prompt.corner(self.depth))
 
@@ -77,7 +70,7 @@ class PromptedModel:
     def _logits(self, images: Tensor, role: str) -> Tensor:
         model = self.target.model
         with nullcontext() if self.dropout is None else self.dropout.active(model, role):
-            return frozen_logits(self.target, images, self.batchnorm, self.statistics)
+            return frozen_logits(self.target, images, self.batchnorm)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, s, s) normalised → logits of the task's classes."""
@@ -85,18 +78,10 @@ class PromptedModel:
         return logits if self.mapping is None else logits[:, self.mapping]
 
 
-def frozen_logits(
-    target: Source,
-    images: Tensor,
-    batchnorm: str,
-    statistics: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """A's logits (N, classes) under a BatchNorm policy; ``calibrated`` without statistics, as
-    while training, uses the batch's."""
+def frozen_logits(target: Source, images: Tensor, batchnorm: str) -> Tensor:
+    """A's logits (N, classes) under a BatchNorm policy, as while training."""
     if batchnorm == "running":
         return target.logits(images)
-    if batchnorm == "calibrated" and statistics is not None:
-        return functional_call(target.model, dict(statistics), (images,))
     with batch_statistics(target.model):
         return target.logits(images)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.errors import ArtefactError, DataError, unknown_name
-from kiop_fast.prompt.prompted import PromptedModel
 from kiop_fast.prompt.rings import Prompt
+from kiop_fast.prompt.windowed import pays, windowed
 from kiop_fast.source import Source, batchnorm_layers, fingerprint
 
 
@@ -113,9 +113,11 @@ class PromptedTask(nn.Module):
     """A through the prompt, as a classifier of one task: images in, logits out.
 
     Under ``calibrated`` and ``running`` an image's logits do not depend on the rest of its batch;
-    under ``batch``, as upstream evaluates, they do.  It always stays in eval mode.
+    under ``batch``, as upstream evaluates, they do.  It stays as it is made: frozen.  Tasks of one
+    model have its weights in common and may be called at once, each from a thread of its own.
 
     Attributes:
+        model: A with the task's BatchNorm statistics.
         name: the task's name.
         classes: class names of the task, in the order of the logits.
         side: image side it takes, pixels.
@@ -124,53 +126,58 @@ class PromptedTask(nn.Module):
 
     def __init__(self, target: Source, prompt: Prompt, task: ArtefactTask, batchnorm: str) -> None:
         super().__init__()
+        worn = target
         if batchnorm == "calibrated":
             _check_statistics(target.model, task)
-        self.model, self.prompt = target.model, prompt
+            worn = target.with_statistics(task.statistics)
+        elif batchnorm == "batch":
+            worn = target.with_statistics(None)
+        self.model, self.prompt = worn.model, prompt
         self.name, self.info, self.side = task.name, task.info, prompt.side
         self.classes = task.info.classes
         self.depth, self.batchnorm = task.depth, batchnorm
-        self._target = target
-        self._names = sorted(task.statistics or {}) if batchnorm == "calibrated" else []
+        self.corner = prompt.corner(task.depth)
+        self._target, self._worn = target, worn
         device = next(target.model.parameters()).device
         buffers = {
             "mean": torch.tensor(task.info.mean).view(3, 1, 1),
             "std": torch.tensor(task.info.std).view(3, 1, 1),
             "mapping": task.mapping,
+            "border": prompt.border(task.depth)
+            .detach()
+            .contiguous(memory_format=torch.channels_last),
         }
-        for i, name in enumerate(self._names):
-            assert task.statistics is not None
-            buffers[f"statistic{i}"] = task.statistics[name]
         for name, value in buffers.items():
             held = None if value is None else value.to(device)
             self.register_buffer(name, held, persistent=False)
-        self.eval()
-        self._core = self._make_core()
-
-    def _make_core(self) -> PromptedModel:
-        statistics = {name: self.get_buffer(f"statistic{i}") for i, name in enumerate(self._names)}
-        return PromptedModel(
-            self._target, self.prompt, self.depth, self._buffers["mapping"],
-            batchnorm=self.batchnorm, statistics=statistics or None,
-        )  # fmt: skip
+        self.training = False
 
     def _apply(self, *args: Any, **kwargs: Any) -> PromptedTask:
         super()._apply(*args, **kwargs)
-        self._core = self._make_core()
+        self._target.model._apply(*args, **kwargs)  # its parameters are here, its buffers are not
         return self
 
     def train(self, mode: bool = True) -> PromptedTask:
         """Stays in eval mode: a served model is frozen."""
-        super().train(False)
         return self
 
     def canvas(self, images: Tensor) -> Tensor:
         """Images as A sees them: normalised, inside the rings; (N, 3, S, S)."""
-        return self.prompt(self._normalised(images), self.depth)
+        return self._canvas(self._normalised(images))
+
+    def _canvas(self, normalised: Tensor) -> Tensor:
+        border = self.get_buffer("border").expand(normalised.shape[0], -1, -1, -1)
+        canvas = border.clone(memory_format=torch.channels_last)
+        inside = slice(self.corner, self.corner + self.side)
+        canvas[:, :, inside, inside] = normalised
+        return canvas
 
     def target_logits(self, images: Tensor) -> Tensor:
         """(N, C, s, s) → A's own logits, not mapped; (N, classes of A)."""
-        return self._core.logits(self._normalised(images))
+        images, border = self._normalised(images), self.get_buffer("border")
+        if pays(images, border.shape[-1]):
+            return self._worn.logits(windowed(border, images, self.corner))
+        return self._worn.logits(self._canvas(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.
@@ -185,7 +192,8 @@ class PromptedTask(nn.Module):
         Raises:
             DataError: another shape or dtype.
         """
-        return self._core(self._normalised(images))
+        logits, mapping = self.target_logits(images), self._buffers["mapping"]
+        return logits if mapping is None else logits[:, mapping]
 
     def _normalised(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2:] != (
@@ -208,7 +216,8 @@ class PromptedTask(nn.Module):
             )
         if self.info.channels == 1 and images.shape[1] == 3:
             images = images.mean(dim=1, keepdim=True)
-        return (images.to(mean.dtype) - mean) / std
+        normalised = (images.to(mean.dtype) - mean) / std
+        return normalised.contiguous(memory_format=torch.channels_last)
 
 
 def _check_statistics(model: nn.Module, task: ArtefactTask) -> None:

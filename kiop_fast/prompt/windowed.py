@@ -93,6 +93,15 @@ class Windowed(Tensor):
         return func(*dense[0], **dense[1])
 
 
+def pays(images: Tensor, canvas: int) -> bool:
+    """Whether images (N, C, s, s) on a canvas of that side, pixels, are worth a window."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    side = images.shape[-1]
+    small = len(images) > 1 and side * side <= WHOLE * canvas * canvas
+    return small and images.device.type in DEVICES
+
+
 def windowed(surround: Tensor, images: Tensor, corner: int) -> Tensor:
     """Images (N, C, s, s) inside a border (1, C, S, S): windowed where that pays.
 

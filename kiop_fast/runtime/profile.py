@@ -1,4 +1,4 @@
-"""Where the time of a step goes: named stages, their operations counted, their time traced."""
+"""Where the time of a step goes: named stages, their operations counted, their time taken."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-_TRACED = 5  # steps
-_SKIPPED = 3  # before them: one is counted, two settle
+STEP = "step"  # the stage around all others
+_SETTLED = 3  # steps: one is counted, two settle
+_TIMED = 5  # after them
+_TRACED = 2  # last: a trace costs time of its own
 _stages = ["other"]
+_clock: dict[str, float] | None = None  # seconds by stage, while somebody wants them
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Mark the operations inside as one stage of a step."""
     _stages.append(name)
+    began = time.perf_counter()
     try:
         with torch.profiler.record_function(f"stage/{name}"):
             yield
     finally:
         _stages.pop()
+        if _clock is not None:
+            _clock[name] = _clock.get(name, 0.0) + time.perf_counter() - began
 
 
 class Counter(TorchDispatchMode):
@@ -63,9 +69,9 @@ OnStep = Callable[[int, Tensor], None]
 class StepProfiler:
     """Watches the first steps of a period: pass it as ``on_step``, then ask for the table.
 
-    The first step is counted, five later ones are traced to ``folder/<name>.json`` (open it in
-    chrome://tracing or Perfetto).  A step that replays a CUDA graph shows its kernels, not its
-    stages.
+    The first step is counted, five later ones are timed, two more are traced to
+    ``folder/<name>.json`` (open it in chrome://tracing or Perfetto).  On a GPU stages are timed by
+    the trace; a step that replays a CUDA graph shows its kernels there, not its stages.
 
     Args:
         folder: made if missing.
@@ -93,26 +99,41 @@ class StepProfiler:
         if self._entered:
             self.counter.__exit__(None, None, None)
             self._entered = False
-        if done == _SKIPPED:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if total.is_cuda:
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-                torch.cuda.synchronize()
-            self._trace = torch.profiler.profile(activities=activities)
+        if total.is_cuda and done in (_SETTLED, _SETTLED + _TIMED, _SETTLED + _TIMED + _TRACED):
+            torch.cuda.synchronize()
+        if done == _SETTLED:
+            self._time()
+        elif done == _SETTLED + _TIMED:
+            self._timed(total.is_cuda)
+            self._trace = _trace(total.is_cuda)
             self._trace.__enter__()
-            self._began = time.perf_counter()
-        elif done == _SKIPPED + _TRACED and self._trace is not None:
-            if total.is_cuda:
-                torch.cuda.synchronize()
-            self.seconds = (time.perf_counter() - self._began) / _TRACED
-            self._trace.__exit__(None, None, None)
-            self._trace.export_chrome_trace(str(self.path))
-            for event in self._trace.key_averages():
-                if event.key.startswith("stage/"):
-                    spent = max(event.cpu_time_total, event.device_time_total)
-                    self.stages[event.key[6:]] = spent / 1000 / _TRACED
+        elif done == _SETTLED + _TIMED + _TRACED and self._trace is not None:
+            self._traced(total.is_cuda)
         if self.then is not None:
             self.then(done, total)
+
+    def _time(self) -> None:
+        global _clock
+        _clock, self._began = {}, time.perf_counter()
+
+    def _timed(self, on_gpu: bool) -> None:
+        """The whole step; on a CPU, where stages end when their calls do, also each of these."""
+        global _clock
+        found, _clock = _clock or {}, None
+        between = time.perf_counter() - self._began
+        whole = found.pop(STEP, between)  # without what is done between steps
+        self.seconds = (between if on_gpu else whole) / _TIMED
+        if not on_gpu:
+            self.stages = {name: 1e3 * spent / _TIMED for name, spent in found.items()}
+
+    def _traced(self, on_gpu: bool) -> None:
+        self._trace.__exit__(None, None, None)
+        self._trace.export_chrome_trace(str(self.path))
+        for event in self._trace.key_averages() if on_gpu else ():
+            name = event.key.removeprefix("stage/")
+            if name not in (event.key, STEP):
+                spent = max(event.cpu_time_total, event.device_time_total)
+                self.stages[name] = spent / 1000 / _TRACED
 
     def rows(self) -> list[Row]:
         """Per stage: ms a step, achieved GFLOP/s and GB/s; last the whole step."""
@@ -124,10 +145,17 @@ class StepProfiler:
             )
         whole = max(self.seconds, 1e-9) * 1e9
         table.append((
-            "step", self.seconds * 1e3, sum(self.counter.flops.values()) / whole,
+            STEP, self.seconds * 1e3, sum(self.counter.flops.values()) / whole,
             sum(self.counter.bytes.values()) / whole,
         ))  # fmt: skip
         return table
+
+
+def _trace(on_gpu: bool) -> torch.profiler.profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(activities=activities)
 
 
 class Profiles:
@@ -149,5 +177,5 @@ class Profiles:
         return self.made[name].start()
 
     def rows(self) -> dict[str, list[Row]]:
-        """Every period's table; periods too short to be traced are left out."""
+        """Every period's table; periods too short to be timed are left out."""
         return {name: made.rows() for name, made in self.made.items() if made.seconds}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kiop_fast.errors import GraphError
+from kiop_fast.runtime.profile import STEP, stage
 
 Body = Callable[[], None]
 State = Callable[[], Iterable[Tensor]]
@@ -80,7 +81,8 @@ class StaticStep:
 
     def __call__(self) -> None:
         if not self.graphed:
-            self.body()
+            with stage(STEP):
+                self.body()
             return
         if self._graph is None:
             with torch.cuda.device(self.device):

@@ -1,8 +1,9 @@
-"""BatchNorm layers of a frozen model: find them, tap their inputs, lend them other statistics."""
+"""BatchNorm layers of a frozen model: find them, tap their inputs, give them other statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -36,7 +37,7 @@ def batchnorm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, BatchNorm normalises with its batch's own statistics and writes no buffer."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = _normalising(model)
     before = [(m.training, m.track_running_stats) for m in layers]
     for layer in layers:
         layer.training, layer.track_running_stats = True, False
@@ -45,6 +46,41 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, (training, track) in zip(layers, before, strict=True):
             layer.training, layer.track_running_stats = training, track
+
+
+def with_statistics(model: nn.Module, statistics: Mapping[str, Tensor] | None) -> nn.Module:
+    """The same network on other BatchNorm statistics, to be used beside ``model``, at once.
+
+    Modules of its own, and ``model``'s own parameters and buffers in them, but for the statistics.
+
+    Args:
+        statistics: ``{layer}.running_mean`` and ``{layer}.running_var`` of every layer; None:
+            it normalises with the statistics of each batch, also in eval mode, and keeps none.
+
+    Raises:
+        SourceError: something in the model cannot be copied.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    try:
+        beside = copy.deepcopy(model, shared)
+    except Exception as error:
+        raise SourceError(
+            f"{type(model).__name__} cannot be copied, as its BatchNorm layers must be",
+            got=f"{type(error).__name__}: {error}",
+            expected="a model that copy.deepcopy takes",
+            fix="keep locks, open files and the like out of the model, or use policy 'running'",
+        ) from error
+    for name, value in (statistics or {}).items():
+        layer, _, part = name.rpartition(".")
+        setattr(beside.get_submodule(layer), part, value.to(beside.get_buffer(name)))
+    if statistics is None:
+        for module in _normalising(beside):
+            module.training, module.track_running_stats = True, False
+    return beside
+
+
+def _normalising(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 class BatchNormTaps:

@@ -26,11 +26,14 @@ class FrozenCasts:
 
     Args:
         model: nothing in it changes in place; it may be moved.
+        others: of a model of the same modules and weights; both keep one set of copies.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, others: FrozenCasts | None = None) -> None:
         self._layers = [module for module in model.modules() if type(module) in _LAYERS]
-        self._casts: dict[tuple[int, str, torch.dtype], tuple[object, nn.Parameter]] = {}
+        self._casts: dict[tuple[int, str, torch.dtype], tuple[object, nn.Parameter]] = (
+            {} if others is None else others._casts
+        )
 
     @contextmanager
     def active(self, device: torch.device) -> Iterator[None]:

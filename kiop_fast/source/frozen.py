@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.errors import SourceError
+from kiop_fast.source.batchnorm import with_statistics
 from kiop_fast.source.casts import FrozenCasts
 
 
@@ -45,6 +47,13 @@ class Source:
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles make casts of their own."""
         return {name: value for name, value in self.__dict__.items() if name != "_casts"}
+
+    def with_statistics(self, statistics: Mapping[str, Tensor] | None) -> Source:
+        """The same classifier on other BatchNorm statistics (:func:`with_statistics`)."""
+        model = with_statistics(self.model, statistics)
+        beside = replace(self, model=model)
+        beside.__dict__["_casts"] = FrozenCasts(model, self._casts)
+        return beside
 
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, s, s) normalised → (N, classes); under autocast without casting weights anew."""
