@@ -31,8 +31,10 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
+        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        h = self.bn2(self.conv2(h))
+        h += self.shortcut(x)
+        return F.relu(h, inplace=True)
 
 
 class SmallResNet(nn.Module):
@@ -53,7 +55,7 @@ class SmallResNet(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(F.relu(self.bn(self.conv(x))))
+        x = self.blocks(F.relu(self.bn(self.conv(x)), inplace=True))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
@@ -69,9 +71,10 @@ class WideBlock(nn.Module):
             self.shortcut = nn.Conv2d(inside, outside, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(x))
+        h = F.relu(self.bn1(x), inplace=True)
         straight: Tensor = x if self.shortcut is None else self.shortcut(h)
-        return straight + self.conv2(F.relu(self.bn2(self.conv1(h))))
+        h = F.relu(self.bn2(self.conv1(h)), inplace=True)
+        return straight + self.conv2(h)
 
 
 class WideResNet(nn.Module):
@@ -93,7 +96,7 @@ class WideResNet(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.blocks(self.conv(x))))
+        x = F.relu(self.bn(self.blocks(self.conv(x))), inplace=True)
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 

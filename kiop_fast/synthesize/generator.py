@@ -51,20 +51,18 @@ class Generator(nn.Module):
             nn.Identity(),  # holds the place of upstream's nn.Upsample: parameters keep their names
             UpsampledConv(2 * width, 2 * width),
             nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             nn.Identity(),
             UpsampledConv(2 * width, width),
             nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(width, channels, 3, padding=1),
             nn.Sigmoid(),
         )
 
     def forward(self, z: Tensor) -> Tensor:
         seed = self.project(z).view(len(z), -1, self.seed_side, self.seed_side)
-        if seed.is_cuda:  # what follows keeps the layout, and tensor cores want this one
-            seed = seed.contiguous(memory_format=torch.channels_last)
-        images: Tensor = self.blocks(seed)
+        images: Tensor = self.blocks(seed.contiguous(memory_format=torch.channels_last))
         return images
 
 
