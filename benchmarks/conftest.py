@@ -39,6 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                     help="both engines run the whole demo: time to accuracy")  # fmt: skip
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    known = (*engines.ENGINES, "upstream")
+    if strange := sorted(set(config.getoption("engines").split(",")) - {*known}):
+        raise pytest.UsageError(f"--engines: no {', '.join(strange)}; there are {', '.join(known)}")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Plain ``pytest`` runs no benchmark."""
     return None if config.getoption("benchmark_only", default=False) else True

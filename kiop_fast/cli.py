@@ -122,7 +122,7 @@ def evaluate(
     prompt: Prompt,
     target: Target = None,
     provider: Providers = None,
-    batch: Annotated[int, Option(help="images a forward pass")] = 256,
+    batch: Annotated[int, Option(min=1, help="images a forward pass")] = 256,
     device: Device = None,
     loader: Loader = None,
     as_json: Json = False,

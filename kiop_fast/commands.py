@@ -18,8 +18,9 @@ from kiop_fast.runtime.progress import Progress, make_progress
 
 if TYPE_CHECKING:
     from kiop_fast.pipeline import RunResult
-    from kiop_fast.prompt.artefact import Artefact
+    from kiop_fast.prompt.artefact import Artefact, ArtefactTask
     from kiop_fast.prompt.served import ServedPrompt
+    from kiop_fast.source import Source
     from kiop_fast.sources import Sources
 
 
@@ -194,12 +195,32 @@ def evaluate_run(
     mapped = [task.name for task in artefact.tasks if task.mapping is not None]
     ours = mapped[len(mapped) - len(sources.providers) :]  # an extended prompt has older ones
     providers = dict(zip(ours, sources.providers, strict=False))
+    for name, provider in providers.items():
+        _check_job(artefact.task(name), provider)
     recorded = from_dict(LoadingConfig, artefact.config.get("loading", {}))
     loading = replace(recorded, loader=loader or "auto")
     found = evaluate(artefact, sources.target, providers, batch=batch, banks=banks, loading=loading)
     if (folder / "config.toml").exists():
-        atomic_write(folder / "evaluation.json", json.dumps(found, indent=1) + "\n")
+        try:
+            atomic_write(folder / "evaluation.json", json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            print(f"not kept in the run folder: {error}", file=sys.stderr)
     return found
+
+
+def _check_job(task: ArtefactTask, provider: Source) -> None:
+    """Raise SourceError where a provider was not trained for the task it is to be measured on."""
+    from kiop_fast.deliver.evaluate import has_test_data
+
+    ours, theirs = task.info, provider.info
+    other = has_test_data(ours) and theirs.name != ours.name
+    if other or len(theirs.classes) != len(ours.classes):
+        raise SourceError(
+            f"{provider.name} does not do task {task.name!r}",
+            got=f"{len(theirs.classes)} classes of {theirs.name!r}",
+            expected=f"{len(ours.classes)} classes of {ours.name!r}",
+            fix="give --provider once for each provider of the run, in their order",
+        )
 
 
 def report(folder: Path, *, target: str | None, device: str | None, progress: Progress) -> Path:

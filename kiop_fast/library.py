@@ -23,6 +23,7 @@ from kiop_fast.prompt.artefact import Artefact, load_prompt
 from kiop_fast.run import Run
 from kiop_fast.runtime.device import choose_device
 from kiop_fast.source import Source, freeze
+from kiop_fast.source.frozen import bare
 from kiop_fast.source.zoo import probe
 from kiop_fast.sources import Sources
 
@@ -189,7 +190,7 @@ def _source(
     _device(model, name)
     if isinstance(model, Source):
         return replace(model, model=copy.deepcopy(model.model).to(device))
-    module = copy.deepcopy(model).to(device)
+    module = copy.deepcopy(bare(model)).to(device)
     kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if kinds - {torch.float32}:
         raise SourceError(f"model {name!r} is not in single precision", got=sorted(map(str, kinds)),

@@ -37,6 +37,7 @@ from kiop_fast.runtime.profile import Profiles, Row
 from kiop_fast.runtime.progress import Progress
 from kiop_fast.runtime.run_folder import RunFolder
 from kiop_fast.runtime.versions import versions
+from kiop_fast.source import Source
 from kiop_fast.source.classifier import with_original_classifier
 from kiop_fast.sources import Sources, load_sources
 
@@ -95,6 +96,8 @@ def train(
     if sources is None:
         rings = (*(inner.rings if inner else ()), *config.prompt.rings)
         sources = load_sources(config, rings, device, progress)
+    if inner is not None:
+        _check_target(inner, sources.target)
     prints = sources.fingerprints()
     restored = folder.restored(prints)
     if config.evaluation.every:
@@ -242,6 +245,17 @@ def load_inner(config: RunConfig) -> Artefact | None:
             got=f"{len(config.prompt.rings)} new rings, {len(config.providers)} providers",
         )
     return inner
+
+
+def _check_target(inner: Artefact, target: Source) -> None:
+    """A prompt is extended for the model it was made for; its tasks stay as they are."""
+    if inner.target.sha256 != target.sha256:
+        raise ArtefactError(
+            "the prompt to extend was made for another target",
+            got=f"{target.name} with sha256 {target.sha256[:16]}…",
+            expected=f"{inner.target.name} with sha256 {inner.target.sha256[:16]}…",
+            fix=f"give that model: --target {inner.config.get('target', 'NAME=PATH')}",
+        )
 
 
 class _Clock:

@@ -27,6 +27,7 @@ from kiop_fast.deliver.evaluate import source_accuracy
 from kiop_fast.errors import NonFiniteLossError
 from kiop_fast.runtime import draws
 from kiop_fast.runtime.device import choose_device, threads
+from kiop_fast.runtime.files import require_writable
 from kiop_fast.runtime.progress import Progress
 from kiop_fast.source import (
     Source,
@@ -73,15 +74,17 @@ def pretrain(
     Raises:
         DataError, SourceError: unknown or unreadable data, unknown or unfit architecture.
         NonFiniteLossError: the training diverged.
+        RunError: the file cannot be written.
     """
     device = choose_device(config.device)
     data = dataset(config.data)
+    path, arch = out or _cache_path(config), config.arch.removeprefix("torchvision:")
+    require_writable(path)
     with threads(config.threads):
         classes = len(data.info.classes)
         model = build_untrained(config.arch, classes, config.side, seed=config.seed)
         source = train_source(config, data, model.to(device), progress)
         accuracy = source_accuracy(source, config.side, loading=config.loading)
-    path, arch = out or _cache_path(config), config.arch.removeprefix("torchvision:")
     return save_source(
         path, source.model, arch=arch, info=data.info, side=config.side,
         accuracy=accuracy, extra={"config": to_dict(config), "revision": REVISION},
@@ -152,7 +155,9 @@ def train_source(
         pad=data.info.pad, normalise=False, device=device, loading=config.loading,
     )  # fmt: skip
     train = Training(feed, labels.to(device))
-    model.to(memory_format=torch.channels_last).train().requires_grad_(True)
+    if not source.rowwise:
+        model.to(memory_format=torch.channels_last)
+    model.train().requires_grad_(True)
     per_epoch = max(1, len(train.labels) // config.batch)
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay,
@@ -193,7 +198,8 @@ def _seeded(config: PretrainConfig) -> Iterator[None]:
 
 
 def _logits(source: Source, images: Tensor) -> Tensor:
-    normal = source.normalise(images).contiguous(memory_format=torch.channels_last)
+    layout = torch.contiguous_format if source.rowwise else torch.channels_last
+    normal = source.normalise(images).contiguous(memory_format=layout)
     logits: Tensor = source.model(normal)
     return logits
 

@@ -51,7 +51,8 @@ class Run:
             # Strides alone change; a demo step on two CPU cores: synthesis 264 → 217 ms, storing
             # 116 → 81 ms (resnet8, 16², medians in one process).
             for source in (sources.target, *sources.providers):
-                source.model.to(memory_format=torch.channels_last)
+                if not source.rowwise:
+                    source.model.to(memory_format=torch.channels_last)
         inner_rings = inner.rings if inner else ()
         self.prompt: Prompt | None = None
         self.student: nn.Module | None = None
@@ -65,8 +66,8 @@ class Run:
             for cells, given in zip(self.prompt.cells, inner.cells if inner else (), strict=False):
                 cells.data.copy_(given)
         self.tasks = make_tasks(
-            config, sources, self.engine, inner_rings=len(inner_rings), device=device,
-            scratch=scratch, execution=self.execution,
+            config, sources, self.engine, inner=inner, device=device, scratch=scratch,
+            execution=self.execution,
         )  # fmt: skip
         self.trained = self._trained_parameters(len(inner_rings))
         for cells in self.prompt.cells if self.prompt else ():

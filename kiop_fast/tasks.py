@@ -24,10 +24,11 @@ from kiop_fast.data import (
 from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.engine import Engine
 from kiop_fast.prompt import check_class_counts, disjoint_mappings, random_mapping
+from kiop_fast.prompt.artefact import Artefact
 from kiop_fast.runtime import draws
 from kiop_fast.runtime.execution import Execution
 from kiop_fast.runtime.offload import Tenant
-from kiop_fast.source import Source, batchnorm_layers
+from kiop_fast.source import Source, check_each_runs_once
 from kiop_fast.sources import Sources
 from kiop_fast.store import augmentation
 from kiop_fast.synthesize import ImageBank, MetaStart, generator_channels
@@ -87,13 +88,13 @@ def synthesis_normaliser(config: RunConfig, sources: Sources, source: Source) ->
 
 
 def make_tasks(
-    config: RunConfig, sources: Sources, engine: Engine, *, inner_rings: int,
+    config: RunConfig, sources: Sources, engine: Engine, *, inner: Artefact | None,
     device: torch.device, scratch: Path, execution: dict[str, Execution],
 ) -> list[Task]:  # fmt: skip
     """Every task that this run trains, A's own first.
 
     Args:
-        inner_rings: rings taken over from an earlier prompt; A's own task is then done already.
+        inner: an earlier prompt that stays inside as it is; A's own task is then done already.
         scratch: folder for the reference engine's images.
         execution: as :meth:`~kiop_fast.engine.Engine.execution` gives it.
 
@@ -101,7 +102,9 @@ def make_tasks(
         MappingError: an injective mapping is impossible.
         SourceError: a source has no BatchNorm layer.
     """
-    names = _unique_names([sources.target, *sources.providers])
+    inner_rings = len(inner.rings) if inner else 0
+    taken = [task.name for task in inner.tasks] if inner else []
+    names = _unique_names([sources.target, *sources.providers], taken)
     tasks = []
     if config.mode in ("bf", "b") and not inner_rings:
         tasks.append(_task(config, sources, engine, names[0], sources.target, 1, None,
@@ -148,7 +151,7 @@ def _task(
     if source is sources.target and config.mode == "b":
         bank, feed = _real_images(config, source, device)
         return Task(name, source, depth, mapping, weight, bank, None, feed=feed)
-    batchnorm_layers(source.model)
+    check_each_runs_once(source.model, config.side)
     period = config.synthesis
     own = source is sources.target
     epochs = period.epochs_for(own_task=own, epochs=config.epochs)
@@ -208,12 +211,13 @@ def _dali_replay(
     )  # fmt: skip
 
 
-def _unique_names(sources: list[Source]) -> list[str]:
+def _unique_names(sources: list[Source], taken: list[str]) -> list[str]:
+    """A name a source, none of them twice and none of a provider among those ``taken``."""
     names: list[str] = []
     for source in sources:
         base, count = source.info.task, 2
         name = base
-        while name in names:
+        while name in names or (names and name in taken):
             name, count = f"{base}-{count}", count + 1
         names.append(name)
     return names

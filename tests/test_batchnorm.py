@@ -87,5 +87,5 @@ def test_other_statistics_beside_the_model() -> None:
 def test_a_model_that_cannot_be_copied_is_named() -> None:
     model = small()
     model.lock = Lock()
-    with pytest.raises(SourceError, match=r"(?s)Sequential cannot be copied.*lock.*running"):
+    with pytest.raises(SourceError, match=r"(?s)Sequential cannot be copied.*lock"):
         with_statistics(model, None)

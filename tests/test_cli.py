@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,16 @@ class TestDelivery:
         table = run("evaluate", folder / "prompt.safetensors")
         assert table.exit_code == 0, table.output
         assert f"{100 * found['tasks']['letters']['accuracy']:.1f}" in table.output
+
+    def test_a_provider_of_another_job(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        target, other = tiny_sources().target, tiny_source("c", 10, seed=3).model
+        info = replace(dataset("digits").info, name="shapes")
+        wrong = freeze(other, info, name="tiny@shapes", arch="tiny")
+        monkeypatch.setattr("kiop_fast.sources.load_sources", lambda *a: Sources(target, (wrong,)))
+        done = run("evaluate", folder, "--provider", "tiny@shapes")
+        assert done.exit_code == 2
+        assert "tiny@shapes does not do task 'digits'" in done.stderr
+        assert not (folder / "evaluation.json").exists()
 
     def test_predict(self, folder: Path, tmp_path: Path) -> None:
         Image.new("L", (9, 9), 200).save(tmp_path / "a.png")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kiop_fast import pretrain as room
 from kiop_fast.config import PretrainConfig
 from kiop_fast.data import Dataset, DatasetInfo, Split, dataset, open_feed
-from kiop_fast.errors import DataError, NonFiniteLossError, SourceError
+from kiop_fast.errors import DataError, NonFiniteLossError, RunError, SourceError
 from kiop_fast.pretrain import cached_source_path, ensure_source, pretrain, train_source
 from kiop_fast.runtime import draws
 from kiop_fast.source import build, fingerprint, freeze, load_source, parse_source
@@ -265,3 +265,11 @@ def test_fingerprint_in_the_header_is_that_of_the_model(task: Dataset, tmp_path:
     model = build("resnet8", 2, SIDE)
     model.load_state_dict(weights)
     assert fingerprint(model) == facts["sha256"]
+
+
+def test_where_no_file_can_be_written_nothing_is_trained(
+    task: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "train_source", lambda *_: pytest.fail("trained"))
+    with pytest.raises(RunError, match="cannot be written"):
+        pretrain(PretrainConfig(data="stripes", side=SIDE), tmp_path)

@@ -77,7 +77,7 @@ def test_policy_batch_normalises_with_the_batch_and_writes_nothing(make_source: 
     images = torch.rand(6, 3, 20, 20)
     layer = next(m for m in source.model.modules() if isinstance(m, nn.BatchNorm2d))
     seen = {}
-    hook = layer.register_forward_hook(lambda m, i, o: seen.update(x=i[0], y=o))
+    hook = layer.register_forward_hook(lambda m, i, o: seen.update(x=i[0], y=o.clone()))
     with batch_statistics(source.model):
         source.model(images)
     hook.remove()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kiop_fast.data.pictures import read_picture
 from kiop_fast.errors import DataError
 from kiop_fast.prompt.served import PromptedTask, ServedPrompt
 
@@ -41,9 +42,9 @@ def read_image(path: str | Path, side: int, channels: int, *, invert: bool = Fal
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB" if channels == 3 else "L")
-            picture = picture.resize((side, side), Image.Resampling.BILINEAR)
+        read = read_picture(Path(path), channels).permute(1, 2, 0).numpy()
+        picture = Image.fromarray(read if channels == 3 else read[..., 0])
+        picture = picture.resize((side, side), Image.Resampling.BILINEAR)
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError,
             Image.DecompressionBombError) as error:  # fmt: skip
         raise DataError("an image cannot be read", got=f"{path}: {error}",

@@ -35,6 +35,7 @@ def ring_padding(s: int, S: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # later callers may want gradients
 def border_index(s: int, S: int) -> Tensor:
     """Flat positions of a ring's cells on its S × S canvas, row-major: LongTensor (S² - s²,).
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from kiop_fast.config import BATCHNORM_POLICIES
 from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.errors import ArtefactError, KiopError, unknown_name
 from kiop_fast.prompt.parts import check_parts
@@ -109,9 +110,11 @@ class Artefact:
 
         Raises:
             ArtefactError: the model is not the one the prompt was made for, or the policy needs
-                statistics that are not in the file.
+                statistics that are not in the file; no such policy.
         """
-        policy = batchnorm or self.batchnorm
+        policy = self.batchnorm if batchnorm is None else batchnorm
+        if policy not in BATCHNORM_POLICIES:
+            raise unknown_name("BatchNorm policy", policy, BATCHNORM_POLICIES, ArtefactError)
         return ServedPrompt(model, self.prompt(), self.tasks, policy, self.target, check=check)
 
 

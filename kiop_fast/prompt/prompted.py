@@ -11,7 +11,7 @@ from kiop_fast.errors import MappingError
 from kiop_fast.prompt.rings import Prompt
 from kiop_fast.prompt.windowed import pays, windowed
 from kiop_fast.runtime.execution import PLAIN
-from kiop_fast.source import DropoutDraws, Source, batch_statistics, batchnorm_layers
+from kiop_fast.source import DropoutDraws, Source, batch_statistics, normalising_layers
 
 
 class PromptedModel:
@@ -100,7 +100,7 @@ def calibrate(prompted: PromptedModel, images: Tensor, batch: int) -> dict[str, 
     Returns:
         ``{layer}.running_mean`` and ``{layer}.running_var`` (biased) by buffer name.
     """
-    layers = batchnorm_layers(prompted.target.model)
+    layers = normalising_layers(prompted.target.model)
     sums = {name: torch.zeros(3, layer.num_features, dtype=torch.float64, device=images.device)
             for name, layer in layers.items()}  # fmt: skip
     centres: dict[str, Tensor] = {}
@@ -108,10 +108,11 @@ def calibrate(prompted: PromptedModel, images: Tensor, batch: int) -> dict[str, 
     def tap(name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].double()
-            centre = centres.setdefault(name, x.mean((0, 2, 3)))
-            shifted = x - centre.view(-1, 1, 1)
+            over = (0, *range(2, x.ndim))
+            centre = centres.setdefault(name, x.mean(over))
+            shifted = x - centre.view(-1, *[1] * (x.ndim - 2))
             count = torch.full_like(centre, x.numel() / x.shape[1])
-            sums[name] += torch.stack([count, shifted.sum((0, 2, 3)), (shifted**2).sum((0, 2, 3))])
+            sums[name] += torch.stack([count, shifted.sum(over), (shifted**2).sum(over)])
 
         return hook
 
@@ -123,8 +124,12 @@ def calibrate(prompted: PromptedModel, images: Tensor, batch: int) -> dict[str, 
     finally:
         for hook in hooks:
             hook.remove()
-    statistics = {}
+    statistics: dict[str, Tensor] = {}
     for name, (count, first, second) in sums.items():
+        if name not in centres:  # no part of a forward pass: a head that only training needs
+            own = {f"{name}.{key}": value.float() for key, value in layers[name].named_buffers()}
+            statistics |= {key: own[key] for key in own if "running_" in key}
+            continue
         shift = first / count
         statistics[f"{name}.running_mean"] = (centres[name] + shift).float()
         statistics[f"{name}.running_var"] = (second / count - shift**2).clamp(min=0).float()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.errors import ArtefactError, DataError, unknown_name
 from kiop_fast.prompt.rings import Prompt
 from kiop_fast.prompt.windowed import pays, windowed
-from kiop_fast.source import Source, batchnorm_layers, fingerprint
+from kiop_fast.source import Source, fingerprint, normalising_layers
+from kiop_fast.source.frozen import bare, is_rowwise
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,18 @@ class ServedPrompt:
         *,
         check: bool = True,
     ) -> None:
-        module = model.model if isinstance(model, Source) else model
+        module = bare(model.model if isinstance(model, Source) else model)
         module.eval().requires_grad_(False)
         found = fingerprint(module) if check else target.sha256
         if found != target.sha256:
             raise ArtefactError(
                 "this is not the model that the prompt was made for",
-                got=f"{type(module).__name__} with sha256 {found[:16]}…",
+                got=f"{type(module).__name__} in {_dtypes(module)} with sha256 {found[:16]}…",
                 expected=f"{target.name} with sha256 {target.sha256[:16]}…",
                 fix="load the target's own checkpoint, or pass check=False to try anyway",
             )
-        self.target = Source(target.name, target.arch, module, target.info, found)
+        rowwise = is_rowwise(module, target.info.side)
+        self.target = Source(target.name, target.arch, module, target.info, found, rowwise=rowwise)
         self.prompt, self.tasks, self.batchnorm = prompt, tuple(tasks), batchnorm
         self.prompt.to(next(module.parameters()).device)
 
@@ -114,7 +116,8 @@ class PromptedTask(nn.Module):
 
     Under ``calibrated`` and ``running`` an image's logits do not depend on the rest of its batch;
     under ``batch``, as upstream evaluates, they do.  It stays as it is made: frozen.  Tasks of one
-    model have its weights in common and may be called at once, each from a thread of its own.
+    model have its weights in common and may be called at once, each from a thread of its own; with
+    one of them A moves to another device; another dtype gives the task a copy of its own.
 
     Attributes:
         model: A with the task's BatchNorm statistics.
@@ -126,18 +129,20 @@ class PromptedTask(nn.Module):
 
     def __init__(self, target: Source, prompt: Prompt, task: ArtefactTask, batchnorm: str) -> None:
         super().__init__()
-        worn = target
+        statistics: Mapping[str, Tensor] | None = {}  # A's own
         if batchnorm == "calibrated":
             _check_statistics(target.model, task)
-            worn = target.with_statistics(task.statistics)
+            statistics = task.statistics
         elif batchnorm == "batch":
-            worn = target.with_statistics(None)
+            statistics = None
+        worn = target.with_statistics(statistics)
         self.model, self.prompt = worn.model, prompt
         self.name, self.info, self.side = task.name, task.info, prompt.side
         self.classes = task.info.classes
         self.depth, self.batchnorm = task.depth, batchnorm
         self.corner = prompt.corner(task.depth)
-        self._target, self._worn = target, worn
+        self._target: Source | None = target
+        self._worn = worn
         device = next(target.model.parameters()).device
         buffers = {
             "mean": torch.tensor(task.info.mean).view(3, 1, 1),
@@ -152,9 +157,15 @@ class PromptedTask(nn.Module):
             self.register_buffer(name, held, persistent=False)
         self.training = False
 
-    def _apply(self, *args: Any, **kwargs: Any) -> PromptedTask:
-        super()._apply(*args, **kwargs)
-        self._target.model._apply(*args, **kwargs)  # its parameters are here, its buffers are not
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PromptedTask:
+        some = next(self.model.parameters())
+        if fn(some.new_empty(0)).dtype != some.dtype:  # A's weights may not change
+            self._worn = replace(self._worn, model=copy.deepcopy(self.model))
+            self.model, self.prompt = self._worn.model, copy.deepcopy(self.prompt)
+            self._target = None
+        super()._apply(fn, recurse)
+        if self._target is not None:  # its parameters are here, its buffers are not
+            self._target.model._apply(fn, recurse)
         return self
 
     def train(self, mode: bool = True) -> PromptedTask:
@@ -220,6 +231,11 @@ class PromptedTask(nn.Module):
         return normalised.contiguous(memory_format=torch.channels_last)
 
 
+def _dtypes(model: nn.Module) -> str:
+    found = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    return " and ".join(sorted(found))
+
+
 def _check_statistics(model: nn.Module, task: ArtefactTask) -> None:
     """Raise ArtefactError unless the task's statistics cover the model's BatchNorm layers."""
     if task.statistics is None:
@@ -230,7 +246,7 @@ def _check_statistics(model: nn.Module, task: ArtefactTask) -> None:
         )
     wanted = {
         f"{name}.{part}": tuple(layer.running_mean.shape)
-        for name, layer in batchnorm_layers(model).items()
+        for name, layer in normalising_layers(model).items()
         for part in ("running_mean", "running_var")
         if layer.running_mean is not None
     }

@@ -34,6 +34,7 @@ def _frame(inner: int, outer: int) -> tuple[int, int, int, int]:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # later callers may want gradients
 def _mask(
     inner: int, outer: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,26 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         raise
 
 
+def require_writable(path: Path) -> None:
+    """Before long work: a file can be written there; its folder is made.
+
+    Raises:
+        RunError: it cannot.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written", got=error.strerror or str(error),
+            expected="the name of a file, in a folder where files may be made",
+            fix="choose another --out",
+        ) from None  # fmt: skip
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Tensors and JSON-able ``facts`` into one safetensors file, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,49 @@ def batchnorm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     return layers
 
 
+def normalising_layers(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """BatchNorm layers of every kind that keep running statistics, by name, in module order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    }
+
+
+@torch.no_grad()
+def check_each_runs_once(model: nn.Module, side: int) -> None:
+    """Features and matching loss take each BatchNorm2d layer once a forward pass.
+
+    Raises:
+        SourceError: a layer takes no part in a pass over images of ``side`` pixels, or several.
+    """
+    layers = batchnorm_layers(model)
+    calls = dict.fromkeys(layers, 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            calls[name] += 1
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
+    try:
+        model(next(model.parameters()).new_zeros(1, 3, side, side))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    wrong = {name: number for name, number in calls.items() if number != 1}
+    if wrong:
+        name, number = next(iter(wrong.items()))
+        raise SourceError(
+            f"{type(model).__name__} does not pass each of its BatchNorm layers once",
+            got=f"{len(wrong)} of {len(calls)} otherwise, e.g. {name!r} {number} times",
+            expected="every layer once, in eval mode",
+            fix="remove heads that only training needs (aux_logits=False), or give a layer that "
+            "is shared a copy of its own at each place",
+        )
+
+
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, BatchNorm normalises with its batch's own statistics and writes no buffer."""
@@ -60,7 +104,7 @@ def with_statistics(model: nn.Module, statistics: Mapping[str, Tensor] | None) -
     Raises:
         SourceError: something in the model cannot be copied.
     """
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     try:
         beside = copy.deepcopy(model, shared)
     except Exception as error:
@@ -68,11 +112,12 @@ def with_statistics(model: nn.Module, statistics: Mapping[str, Tensor] | None) -
             f"{type(model).__name__} cannot be copied, as its BatchNorm layers must be",
             got=f"{type(error).__name__}: {error}",
             expected="a model that copy.deepcopy takes",
-            fix="keep locks, open files and the like out of the model, or use policy 'running'",
+            fix="keep locks, open files and the like out of the model",
         ) from error
+    beside.eval()
     for name, value in (statistics or {}).items():
         layer, _, part = name.rpartition(".")
-        setattr(beside.get_submodule(layer), part, value.to(beside.get_buffer(name)))
+        setattr(beside.get_submodule(layer), part, value.to(beside.get_buffer(name), copy=True))
     if statistics is None:
         for module in _normalising(beside):
             module.training, module.track_running_stats = True, False

@@ -27,6 +27,7 @@ class Source:
         info: classes, channels and normaliser of its data.
         sha256: fingerprint over all parameters and buffers when it was frozen.
         accuracy: on its own test data, as recorded with the checkpoint; None if unknown.
+        rowwise: it takes no channels-last images (it calls ``view`` on a map); such are copied.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Source:
     info: DatasetInfo
     sha256: str
     accuracy: float | None = None
+    rowwise: bool = False
 
     @property
     def classes(self) -> int:
@@ -57,6 +59,8 @@ class Source:
 
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, s, s) normalised → (N, classes); under autocast without casting weights anew."""
+        if self.rowwise:
+            images = images.contiguous()
         if torch.compiler.is_compiling():  # compiled code casts as it sees fit
             compiled: Tensor = self.model(images)
             return compiled
@@ -87,7 +91,42 @@ def freeze(
 ) -> Source:
     """Put ``model`` in eval mode, switch its gradients off and take its fingerprint."""
     model.eval().requires_grad_(False)
-    return Source(name, arch, model, info, fingerprint(model), accuracy)
+    rowwise = is_rowwise(model, info.side)
+    return Source(name, arch, model, info, fingerprint(model), accuracy, rowwise)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile and (Distributed)DataParallel.
+
+    Raises:
+        SourceError: a scripted or traced model, whose layers are out of reach.
+    """
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        inside = model.module if isinstance(model, parallel) else model._orig_mod
+        assert isinstance(inside, nn.Module)
+        model = inside
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SourceError(
+            "a scripted or traced model cannot be used: its BatchNorm layers are out of reach",
+            got=type(model).__name__, expected="an ordinary nn.Module",
+            fix="give the model that it was made of",
+        )  # fmt: skip
+    return model
+
+
+@torch.no_grad()
+def is_rowwise(model: nn.Module, side: int) -> bool:
+    """Whether channels-last images, and nothing else about them, stop a forward pass."""
+    weight = next(model.parameters(), None)
+    images = torch.zeros(2, 3, side, side) if weight is None else weight.new_zeros(2, 3, side, side)
+    try:
+        model(images.contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        return "view size is not compatible" in str(error)
+    except Exception:  # it is another's to say that the model does not take such images
+        return False
+    return False
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -179,6 +179,11 @@ class TestPredict:
         assert colour[:, 3, 3].tolist() == [200, 90, 11]
         assert read_image(files[0], 8, 1, invert=True)[0, 0, 0] == 255 - 40
 
+    def test_sixteen_bits(self, tmp_path: Path) -> None:
+        levels = np.full((8, 8), 100 * 257, dtype=np.uint16)
+        Image.fromarray(levels).save(tmp_path / "deep.png")
+        assert read_image(tmp_path / "deep.png", 8, 3).unique().tolist() == [100]
+
     @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n broken", None])
     def test_an_unreadable_image_is_named(
         self, content: bytes | None, target: Source, files: list[Path], tmp_path: Path
