@@ -182,11 +182,10 @@ def report(
 @app.command()
 def info(prompt: Prompt) -> None:
     """What is inside a prompt file."""
-    from kiop_fast.commands import prompt_file
     from kiop_fast.deliver.console import info_table
     from kiop_fast.prompt.artefact import load_prompt
 
-    _print(info_table(load_prompt(prompt_file(prompt))))
+    _print(info_table(load_prompt(prompt)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -141,11 +141,6 @@ def train_seeds(
     return finished
 
 
-def prompt_file(path: Path) -> Path:
-    """The prompt in a run folder, or ``path`` itself."""
-    return path / "prompt.safetensors" if path.is_dir() else path
-
-
 def open_prompt(
     path: Path, *, config: RunConfig | None = None, target: str | None = None,
     providers: Sequence[str] | None = None, device: str | None = None,
@@ -162,7 +157,7 @@ def open_prompt(
     from kiop_fast.runtime.device import choose_device
     from kiop_fast.sources import load_sources
 
-    artefact = load_prompt(prompt_file(path))
+    artefact = load_prompt(path)
     config = config or replace(from_dict(RunConfig, artefact.config), device="auto")
     config = replace(
         config,

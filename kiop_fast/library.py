@@ -112,6 +112,7 @@ class KiOP:
             _source(model, name, facts.get(name), sides[:1], place)
             for name, model in providers.items()
         )
+        _check_task_names(own.info.task, {source.info.name: source.info.task for source in others})
         named = {"target": own.name, "providers": [source.name for source in others]}
         self.config: RunConfig = override(base, named)
         self.sources = Sources(own, others)
@@ -166,6 +167,18 @@ def _check_names(providers: Mapping[str, Any], data: Mapping[str, Any]) -> None:
             expected=[TARGET, *providers],
             fix="use the names of the tasks",
         )
+
+
+def _check_task_names(own: str, tasks: Mapping[str, str]) -> None:
+    """A provider's task goes by the name that was given for it."""
+    for given, name in tasks.items():
+        if given != name or given == own:
+            raise ConfigError(
+                f"a provider's task cannot be called {given!r}",
+                got="the name of the target's own task" if given == own else "a path",
+                expected="a name of its own, without / and not of dots alone",
+                fix="give it another name, and its data as data={name: …}",
+            )
 
 
 def _device(model: nn.Module | Source, name: str) -> torch.device:

@@ -29,6 +29,9 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+SEVEN = DatasetInfo("seven", 8, 3, tuple("abcdefg"))
+
+
 def waves(classes: int) -> nn.Module:
     net = TinyNet(classes)
     fill_with_waves(net)
@@ -178,6 +181,8 @@ def test_an_explicit_device_is_taken() -> None:
         ({"target": waves(7).half()}, SourceError, "single precision"),
         ({"providers": {}}, ConfigError, "one model or more"),
         ({"providers": {"target": waves(5)}}, ConfigError, "names other than"),
+        ({"providers": {"us/job": waves(5)}}, ConfigError, "without /"),
+        ({"providers": {"seven": waves(5)}, "data": {"target": SEVEN}}, ConfigError, "own task"),
         ({"data": {"jobs": "digits"}}, ConfigError, "not there"),
         ({"data": {"job": "digits"}}, SourceError, "5 outputs, 10 classes"),
         ({"mode": "vanilla"}, ConfigError, "learns no prompt"),

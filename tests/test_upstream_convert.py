@@ -104,8 +104,9 @@ def test_the_imported_prompt_computes_what_the_scripts_do(theirs: Path, tmp_path
     model = target().model.train()
     expected = model(seen)[:, MAPPING].detach()
     module = artefact.on(target()).task("mnist")
-    grey = module._core(x)  # the images are normalised already
-    torch.testing.assert_close(grey, expected, rtol=1e-4, atol=1e-5)
+    canvas = module.prompt(x, module.depth)  # the images are normalised already
+    found = module.model(canvas)[:, module.mapping]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_prompt_comes_back_byte_by_byte(theirs: Path, tmp_path: Path) -> None:

@@ -41,8 +41,6 @@ class DatasetInfo:
     @property
     def task(self) -> str:
         """The name of its task in tables and files: of ``folder:PATH`` the last part."""
-        if not self.name.startswith("folder:"):
-            return self.name
         return PurePath(self.name).name.removeprefix("folder:").strip(".") or "folder"
 
     def __post_init__(self) -> None:

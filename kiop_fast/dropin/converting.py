@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from kiop_fast.commands import prompt_file
 from kiop_fast.dropin import checkpoint as pth
 from kiop_fast.dropin import convert
 from kiop_fast.dropin.flags import script_name
 from kiop_fast.errors import SourceError
-from kiop_fast.prompt.artefact import load_prompt
+from kiop_fast.prompt.artefact import load_prompt, prompt_file
 from kiop_fast.source import Source, load_source, parse_source
 
 

@@ -127,13 +127,22 @@ def save_prompt(path: str | Path, artefact: Artefact) -> None:
     atomic_write(Path(path), safetensors.torch.save(tensors, metadata={_KEY: text}))
 
 
+def prompt_file(path: Path) -> Path:
+    """The prompt in a run folder, or ``path`` itself."""
+    return path / "prompt.safetensors" if path.is_dir() else path
+
+
 def load_prompt(path: str | Path) -> Artefact:
     """Read an artefact; nothing in the file is executed.
+
+    Args:
+        path: the file, or its run folder.
 
     Raises:
         ArtefactError: no such file, damaged, not a prompt file, or of another format version.
     """
-    header, tensors = _read(Path(path))
+    path = prompt_file(Path(path))
+    header, tensors = _read(path)
     try:
         content = header["content"]
         if _digest(content, tensors) != header["sha256"]:

@@ -91,7 +91,7 @@ class ServedPrompt:
                 "this is not the model that the prompt was made for",
                 got=f"{type(module).__name__} in {_dtypes(module)} with sha256 {found[:16]}…",
                 expected=f"{target.name} with sha256 {target.sha256[:16]}…",
-                fix="load the target's own checkpoint, or pass check=False to try anyway",
+                fix="load the target's own checkpoint (--target); check=False tries anyway",
             )
         rowwise = is_rowwise(module, target.info.side)
         self.target = Source(target.name, target.arch, module, target.info, found, rowwise=rowwise)
