@@ -188,7 +188,7 @@ def info(prompt: Prompt) -> None:
     _print(info_table(load_prompt(prompt)))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
 def upstream(
     context: typer.Context,
     script: Annotated[str, Argument(help="KiOP_BF, KiOP_B or KiOP_triple, then its flags")],

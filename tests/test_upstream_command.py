@@ -278,3 +278,9 @@ def test_the_command_of_the_command_line(work: Path) -> None:
     wrong = CliRunner().invoke(app, ["upstream", "KiOP_BF", "--method", "gan"])
     assert wrong.exit_code == 2
     assert "invalid choice" in wrong.output
+
+
+def test_a_script_has_its_own_help() -> None:
+    said = CliRunner().invoke(app, ["upstream", "KiOP_BF", "--help"])
+    assert said.exit_code == 0
+    assert "--method" in said.output
