@@ -113,6 +113,7 @@ def test_a_layer_that_never_runs_keeps_its_statistics() -> None:
     assert torch.equal(statistics["aid.running_mean"], torch.full((6,), 3.0))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # tracing is old, and still met
 def test_wrappers_are_taken_off() -> None:
     target = Perceptron(7)
     prompt = KiOP(nn.DataParallel(target), {"job": torch.compile(Perceptron(5))}, **SMALL).fit()
