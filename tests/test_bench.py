@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from kiop_fast.bench import bench_table, benchmarks_folder, compared, read_records, seconds_text
@@ -137,3 +139,13 @@ def test_report_tells_the_time_to_the_references_accuracy(tmp_path: Path) -> Non
     rows.write_text("\n".join(map(json.dumps, records)))
     subprocess.run([*done.args], check=True, capture_output=True)
     assert "not yet measured" not in page.read_text()
+
+
+def test_an_epochs_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the epoch's benchmark, which plain pytest does not run."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    world, sizes, engines = map(import_module, ("world", "sizes", "engines"))
+    problem = sizes.scale("small", gpu=False).problem.with_(cached=0, bank=8)
+    found = world.World(problem, engines.make("fast"), torch.device("cpu"), tmp_path).evaluate()
+    assert found.keys() == {"A", "B"}
+    assert all(0 <= share <= 1 for share in found.values())

@@ -16,6 +16,11 @@ from kiop_fast.prompt.windowed import pays, windowed
 from kiop_fast.source import Source, fingerprint, normalising_layers
 from kiop_fast.source.frozen import bare, is_rowwise
 
+# Part of a canvas up to which its images are served through a window.  Without gradients a window
+# saves less; two cores, against the whole canvas: ResNet-18, 32 → 128 (0.06), 64 images, 407 →
+# 307 ms; resnet8, 16 → 32 (0.25), 8 images, 2.4 → 2.8 ms.
+_WINDOWED = 0.15
+
 
 @dataclass(frozen=True)
 class ArtefactTask:
@@ -186,7 +191,7 @@ class PromptedTask(nn.Module):
     def target_logits(self, images: Tensor) -> Tensor:
         """(N, C, s, s) → A's own logits, not mapped; (N, classes of A)."""
         images, border = self._normalised(images), self.get_buffer("border")
-        if pays(images, border.shape[-1]):
+        if pays(images, border.shape[-1], _WINDOWED):
             return self._worn.logits(windowed(border, images, self.corner))
         return self._worn.logits(self._canvas(images))
 

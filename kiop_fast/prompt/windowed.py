@@ -93,12 +93,16 @@ class Windowed(Tensor):
         return func(*dense[0], **dense[1])
 
 
-def pays(images: Tensor, canvas: int) -> bool:
-    """Whether images (N, C, s, s) on a canvas of that side, pixels, are worth a window."""
+def pays(images: Tensor, canvas: int, most: float = WHOLE) -> bool:
+    """Whether images (N, C, s, s) on a canvas of that side, pixels, are worth a window.
+
+    Args:
+        most: part of the canvas that an image may take.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     side = images.shape[-1]
-    small = len(images) > 1 and side * side <= WHOLE * canvas * canvas
+    small = len(images) > 1 and side * side <= most * canvas * canvas
     return small and images.device.type in DEVICES
 
 
