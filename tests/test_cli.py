@@ -233,7 +233,7 @@ class TestDelivery:
 
     def test_a_provider_of_another_job(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         target, other = tiny_sources().target, tiny_source("c", 10, seed=3).model
-        info = replace(dataset("digits").info, name="shapes")
+        info = replace(dataset("digits").info, name="shapes", classes=tuple("abcdefghij"))
         wrong = freeze(other, info, name="tiny@shapes", arch="tiny")
         monkeypatch.setattr("kiop_fast.sources.load_sources", lambda *a: Sources(target, (wrong,)))
         done = run("evaluate", folder, "--provider", "tiny@shapes")
