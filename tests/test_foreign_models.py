@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from kiop_fast.data.spec import DatasetInfo
 from kiop_fast.errors import SourceError
 from kiop_fast.prompt import Prompt, PromptedModel, calibrate
 from kiop_fast.source import freeze
+from kiop_fast.source.classifier import trainable_copy
 from kiop_fast.source.frozen import is_rowwise
 
 SMALL: dict[str, Any] = {
@@ -74,6 +76,17 @@ def test_a_model_that_views_its_maps(engine: str) -> None:
             assert logits.isfinite().all()
             each = [prompt.on(target).task(task)(image[None])[0] for image in images]
             torch.testing.assert_close(logits, torch.stack(each))
+
+
+def test_its_trainable_copy_takes_the_same_images() -> None:
+    """Mode vanilla hands its student channels-last batches."""
+    info = DatasetInfo("seven", 8, 3, tuple("abcdefg"))
+    source = freeze(Flattened(7), info, name="flattened", arch="flattened")
+    student = trainable_copy(source, 5, np.random.default_rng(0))
+    images = torch.rand(3, 3, 8, 8)
+    found = student(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, student(images))
+    assert found.shape == (3, 5)
 
 
 def test_only_such_a_model_is_given_rows() -> None:

@@ -20,11 +20,8 @@ def batchnorm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     Raises:
         SourceError: there is none; contrastive model inversion needs them.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
-    }
+    found = normalising_layers(model)
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.BatchNorm2d)}
     if not layers:
         raise SourceError(
             f"{type(model).__name__} has no BatchNorm2d layer with running statistics",

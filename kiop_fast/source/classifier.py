@@ -38,6 +38,8 @@ def trainable_copy(source: Source, classes: int, rng: np.random.Generator) -> nn
     The classifier starts as torch's default Linear, U(±1/√fan_in), from ``rng``.
     """
     model = copy.deepcopy(source.model).requires_grad_(True)
+    if source.rowwise:
+        model.register_forward_pre_hook(lambda _, given: tuple(x.contiguous() for x in given))
     old = model.get_submodule(classifier_name(model))
     assert isinstance(old, nn.Linear)
     layer = nn.Linear(old.in_features, classes)
